@@ -1,0 +1,144 @@
+"""The solver's settings: one frozen record whose fields are checked when it is built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal, get_args
+
+__all__ = ["Cost", "Metric", "Objective", "Settings"]
+
+Objective = Literal["lossless", "compact", "budget", "paper"]
+Metric = Literal["euclidean", "activation", "fisher"]
+Cost = Literal["params", "flops"]
+PaperVariant = Literal["lossless", "compact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides the outcome besides the model and the data.
+
+    Attributes:
+        objective: ``lossless`` (lowest measured loss among compressed models), ``compact`` (smallest model that is
+            not above the original's loss), ``budget`` (best model with ``keep`` of the cost) or ``paper`` (the
+            published greedy algorithm).
+        metric: metric of the factorization, ``euclidean`` (plain SVD), ``activation`` (whitened inputs) or ``fisher``
+            (whitened inputs and output gradients).
+        keep: share of the factorizable layers' cost that ``budget`` keeps, in (0, 1].
+        cost: what is counted, ``params`` or ``flops`` (multiply-adds of the factorizable layers).
+        tolerance: increase of the selection loss that still qualifies, absolute, in units of the loss.
+        score_tolerance: fall of the selection score that still qualifies, absolute, in units of the score.
+        ties: points whose selection loss lies within this many paired standard errors of the lowest are ties, and
+            the smallest of them wins (``lossless`` only).
+        loss_margin: increase of the loss that counts as not worse in the verdict, absolute; None stands for the
+            larger of 2 % of the original's loss and 0.005.
+        score_margin: fall of the score that counts as not worse in the verdict, absolute.
+        confidence: one-sided confidence of the verdict's bounds, in (0.5, 1).
+        points: number of allocations that are measured for the frontier, at least 2.
+        refinements: bisection steps that ``compact`` and ``lossless`` add between frontier points.
+        compensation_passes: passes over the calibration data in which factors are fitted to the inputs they will
+            really see; 0 turns the compensation off.
+        damping: relative damping of the second moments of inputs and gradients, at least 0.
+        first_order_errors: standard errors by which a first-order term is shrunk towards 0 before it is believed.
+        range_factor: a rank is inside the perturbation range while measured and predicted change differ by no more
+            than this factor, at least 1.
+        rows_per_feature: sampled input rows per input dimension of a layer that the second moments are taken over.
+        rank_multiple: ranks are rounded to a multiple of this where the layer is large enough.
+        include: shell patterns on module names; empty means all.
+        exclude: shell patterns on module names that are left alone.
+        min_params: layers with fewer weight entries are left alone.
+        variant: which of the published algorithms ``paper`` runs, ``lossless`` or ``compact``.
+        gamma: largest squared relative error of a layer's weight in ``paper``, in (0, 1].
+        seed: seed of everything that is sampled.
+    """
+
+    objective: Objective = "lossless"
+    metric: Metric = "fisher"
+    keep: float = 0.5
+    cost: Cost = "params"
+    tolerance: float = 0.0
+    score_tolerance: float = 0.0
+    ties: float = 1.0
+    loss_margin: float | None = None
+    score_margin: float = 0.005
+    confidence: float = 0.95
+    points: int = 8
+    refinements: int = 3
+    compensation_passes: int = 4
+    damping: float = 1e-2
+    first_order_errors: float = 2.0
+    range_factor: float = 3.0
+    rows_per_feature: int = 32
+    rank_multiple: int = 1
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_params: int = 0
+    variant: PaperVariant = "lossless"
+    gamma: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("objective", self.objective, get_args(Objective))
+        _check_choice("metric", self.metric, get_args(Metric))
+        _check_choice("cost", self.cost, get_args(Cost))
+        _check_choice("variant", self.variant, get_args(PaperVariant))
+        _check_number("keep", self.keep, above=0, most=1)
+        _check_number("confidence", self.confidence, above=0.5, below=1)
+        _check_number("gamma", self.gamma, above=0, most=1)
+        _check_number("range_factor", self.range_factor, least=1)
+        if self.loss_margin is not None:
+            _check_number("loss_margin", self.loss_margin, least=0)
+        for name in ("tolerance", "score_tolerance", "ties", "score_margin", "damping", "first_order_errors"):
+            _check_number(name, getattr(self, name), least=0)
+        for name, least in (("points", 2), ("rows_per_feature", 1), ("rank_multiple", 1)):
+            _check_whole(name, getattr(self, name), least)
+        for name in ("refinements", "compensation_passes", "min_params"):
+            _check_whole(name, getattr(self, name), 0)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if isinstance(value, str) and value in allowed:
+        return
+    near = get_close_matches(str(value).lower(), allowed, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name}={value!r} is unknown, allowed are {', '.join(map(repr, allowed))}{hint}")
+
+
+def _check_number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if ok:
+        number = float(value)  # type: ignore[arg-type]
+        ok = (
+            (least is None or number >= least)
+            and (above is None or number > above)
+            and (most is None or number <= most)
+            and (below is None or number < below)
+        )
+    if not ok:
+        low = f"[{least}" if least is not None else f"({above if above is not None else '-inf'}"
+        high = f"{most}]" if most is not None else f"{below if below is not None else 'inf'})"
+        raise ValueError(f"{name}={value!r} is not a number in {low}, {high}")
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")
+
+
+def _patterns(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise ValueError(f"{name}={value!r} is not a list of name patterns such as ['head', 'blocks.*']")
