@@ -1,0 +1,210 @@
+"""Run a model over batches and keep loss and score of every sample, so that two models can be compared in pairs.
+
+The user's loss is any callable ``loss(model, batch)``. It returns a :class:`StepOutput`, or just the loss: a vector with
+one entry per sample, or a scalar that is the mean over the batch. With a scalar the pairs of the comparison are batches
+instead of samples. Means are taken in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrf_lightning.solver.result import Measurement
+
+__all__ = ["Batches", "LossFunction", "Outcome", "StepOutput", "batch_size", "evaluate", "evaluation_mode", "to_device"]
+
+Batches = Iterable[Any]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step of the user's model says about one batch.
+
+    Attributes:
+        loss: shape (batch,) per sample, or () as the mean over the batch.
+        score: shape (batch,) or (), larger is better (accuracy: 1.0 or 0.0 per sample); None if there is none.
+        logits: shape (rows, classes), None unless the loss is a cross-entropy; for the temperature-scaled loss.
+        target: class indices, shape (rows,), that belong to ``logits``.
+    """
+
+    loss: Tensor
+    score: Tensor | None = None
+    logits: Tensor | None = None
+    target: Tensor | None = None
+
+
+LossFunction = Callable[[nn.Module, Any], "Tensor | StepOutput"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Loss and score of one model on one split, pair by pair, on the CPU in float64.
+
+    Attributes:
+        losses: shape (pairs,).
+        weights: shape (pairs,), the number of samples behind each pair, 1 for per-sample losses.
+        scores: shape (pairs,), None if no score is known.
+        logits: shape (rows, classes), None unless every batch gave them.
+        target: shape (rows,).
+    """
+
+    losses: Tensor
+    weights: Tensor
+    scores: Tensor | None = None
+    logits: Tensor | None = None
+    target: Tensor | None = None
+
+    def measurement(self) -> Measurement:
+        """The weighted means."""
+        total = self.weights.sum()
+        score = None if self.scores is None else float((self.scores * self.weights).sum() / total)
+        return Measurement(int(total), float((self.losses * self.weights).sum() / total), score)
+
+
+def evaluate(
+    model: nn.Module,
+    loss: LossFunction,
+    batches: Batches,
+    device: torch.device,
+    *,
+    split: str = "the data",
+    keep_logits: bool = False,
+) -> Outcome:
+    """Loss and score of ``model`` on every sample, in evaluation mode and without gradients.
+
+    Args:
+        model: the model, already on ``device``.
+        loss: see :data:`LossFunction`.
+        batches: iterable of batches that can be run through several times.
+        device: where the batches are moved to.
+        split: name of the split for error messages.
+        keep_logits: whether logits are kept, for the temperature-scaled loss.
+
+    Raises:
+        ValueError: if there is no batch, or a loss is neither a scalar nor a vector with one entry per sample.
+    """
+    outputs: list[StepOutput] = []
+    sizes: list[int] = []
+    with evaluation_mode(model), torch.no_grad():
+        for batch in batches:
+            size = batch_size(batch)
+            output = step(model, loss, to_device(batch, device), size)
+            sizes.append(size)
+            outputs.append(_to_cpu(output, keep_logits))
+    if not outputs:
+        raise ValueError(f"{split} holds no batch; give a loader that yields at least one and can be iterated again")
+    return _join(outputs, sizes)
+
+
+def step(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> StepOutput:
+    """Call the user's loss on one batch and check what it returns.
+
+    Raises:
+        ValueError: if the loss is neither a scalar nor a vector with one entry per sample.
+    """
+    output = loss(model, batch)
+    if isinstance(output, Tensor):
+        output = StepOutput(output)
+    if not isinstance(output, StepOutput) or not isinstance(output.loss, Tensor):
+        raise ValueError(
+            f"loss returned {type(output).__name__}; return a Tensor of shape () or ({size},), or a StepOutput"
+        )
+    for name, value in (("loss", output.loss), ("score", output.score)):
+        if value is not None and tuple(value.shape) not in {(), (size,)}:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} for a batch of {size} samples; "
+                f"allowed are () (the mean over the batch) and ({size},) (one entry per sample)"
+            )
+    return output
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples in a batch: the first dimension of the first tensor found in it.
+
+    Raises:
+        ValueError: if the batch holds no tensor with at least one dimension.
+    """
+    for tensor in _tensors(batch):
+        if tensor.dim() > 0:
+            return int(tensor.shape[0])
+    raise ValueError(
+        f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension, so its samples cannot be counted"
+    )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a nested batch to a device; other values pass unchanged."""
+    if isinstance(batch, Tensor) or (hasattr(batch, "to") and not isinstance(batch, nn.Module)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode and restore every module's own training flag afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _to_cpu(output: StepOutput, keep_logits: bool) -> StepOutput:
+    def double(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to("cpu", torch.float64)
+
+    keep = keep_logits and output.logits is not None and output.target is not None
+    return StepOutput(
+        loss=output.loss.detach().to("cpu", torch.float64),
+        score=double(output.score),
+        logits=output.logits.detach().to("cpu", torch.float32) if keep and output.logits is not None else None,
+        target=output.target.detach().to("cpu") if keep and output.target is not None else None,
+    )
+
+
+def _join(outputs: list[StepOutput], sizes: list[int]) -> Outcome:
+    counts = torch.tensor(sizes, dtype=torch.float64)
+    per_sample = all(output.loss.dim() == 1 for output in outputs)
+    has_scores = all(output.score is not None for output in outputs)
+    scores = [output.score for output in outputs if output.score is not None]
+    per_sample = per_sample and (not has_scores or all(score.dim() == 1 for score in scores))
+    if per_sample:
+        losses, weights = (
+            torch.cat([output.loss for output in outputs]),
+            torch.ones(int(counts.sum()), dtype=torch.float64),
+        )
+        joined = torch.cat(scores) if has_scores else None
+    else:
+        losses, weights = torch.stack([output.loss.mean() for output in outputs]), counts
+        joined = torch.stack([score.mean() for score in scores]) if has_scores else None
+    logits = [output.logits for output in outputs if output.logits is not None]
+    target = [output.target for output in outputs if output.target is not None]
+    complete = len(logits) == len(target) == len(outputs)
+    return Outcome(
+        losses, weights, joined, torch.cat(logits) if complete else None, torch.cat(target) if complete else None
+    )
