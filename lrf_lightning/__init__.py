@@ -1,0 +1,48 @@
+"""Lossless low-rank compression of trained models, as a PyTorch Lightning callback.
+
+Names are imported on first use, so that importing the package stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrf_lightning.api import CompressionResult, compress
+    from lrf_lightning.callbacks.compression import LowRankCompression
+    from lrf_lightning.checkpoint import CheckpointError, load_compressed
+    from lrf_lightning.solver.evaluation import StepOutput
+    from lrf_lightning.solver.settings import Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CompressionResult",
+    "LowRankCompression",
+    "Settings",
+    "StepOutput",
+    "compress",
+    "load_compressed",
+]
+
+_HOMES = {
+    "CheckpointError": "lrf_lightning.checkpoint",
+    "CompressionResult": "lrf_lightning.api",
+    "LowRankCompression": "lrf_lightning.callbacks.compression",
+    "Settings": "lrf_lightning.solver.settings",
+    "StepOutput": "lrf_lightning.solver.evaluation",
+    "compress": "lrf_lightning.api",
+    "load_compressed": "lrf_lightning.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

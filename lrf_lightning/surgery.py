@@ -12,13 +12,21 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from lrf_lightning.modules import LowRankConv2d, LowRankLinear, LowRankModule
 
-__all__ = ["Candidate", "Skipped", "find_layers", "replace_module", "restore_dense_structure", "set_structure"]
+__all__ = [
+    "Candidate",
+    "Skipped",
+    "factorized",
+    "find_layers",
+    "replace_module",
+    "restore_dense_structure",
+    "set_structure",
+]
 
 LOW_RANK_OF: dict[type[nn.Module], type[LowRankModule]] = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 
@@ -117,6 +125,23 @@ def find_layers(
         else:
             candidates.append(candidate)
     return candidates, skipped
+
+
+def factorized(
+    dense: nn.Module,
+    left: Tensor,  # (groups, out / groups, rank)
+    right: Tensor,  # (groups, rank, in / groups * prod(kernel))
+) -> LowRankModule:
+    """A low-rank layer with these factors and the bias, dtype, device, mode and ``requires_grad`` of ``dense``."""
+    new = LOW_RANK_OF[type(dense)].like(dense, left.shape[-1])
+    new.set_factors(left, right)
+    weight, bias = dense._parameters["weight"], dense._parameters.get("bias")
+    new.set_bias(None if bias is None else bias.detach())
+    new.left_factor.requires_grad_(weight is None or weight.requires_grad)
+    new.right_factor.requires_grad_(weight is None or weight.requires_grad)
+    if new.bias is not None and bias is not None:
+        new.bias.requires_grad_(bias.requires_grad)
+    return new.train(dense.training)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

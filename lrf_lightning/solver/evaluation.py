@@ -1,8 +1,8 @@
 """Run a model over batches and keep loss and score of every sample, so that two models can be compared in pairs.
 
-The user's loss is any callable ``loss(model, batch)``. It returns a :class:`StepOutput`, or just the loss: a vector with
-one entry per sample, or a scalar that is the mean over the batch. With a scalar the pairs of the comparison are batches
-instead of samples. Means are taken in float64.
+The user's loss is any callable ``loss(model, batch)``. It returns a :class:`StepOutput`, or just the loss: a vector
+with one entry per sample, or a scalar that is the mean over the batch. With a scalar the pairs of the comparison are
+batches instead of samples. Means are taken in float64.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def batch_size(batch: Any) -> int:
         if tensor.dim() > 0:
             return int(tensor.shape[0])
     raise ValueError(
-        f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension, so its samples cannot be counted"
+        f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension, "
+        "so its samples cannot be counted; let the loader yield tensors whose first dimension is the batch"
     )
 
 

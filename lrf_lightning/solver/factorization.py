@@ -1,0 +1,145 @@
+r"""Best low-rank matrices in a metric, for several groups at once.
+
+For a target T (m x n) the best rank-k matrix in the metric of an output moment S (m x m) and an input moment B (n x n),
+
+    min || S^(1/2) (T - T_k) B^(1/2) ||_F   over matrices of rank k,
+
+is the truncated singular value decomposition of S^(1/2) T B^(1/2), undone on both sides (Eckart and Young 1936). Only
+the smaller side is ever decomposed, by eigenvalues. With m <= n and U the leading eigenvectors of
+S^(1/2) T B T' S^(1/2)
+
+    T_k = S^(-1/2) U U' S^(1/2) T
+
+so B is never inverted and may be singular; with n < m the roles of the sides change. Everything is computed in float64
+and in units in which moments and target have size 1, so the scale of the weights does not matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Factors", "damped", "factorize"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """All components of a factorization, the largest first, in float64.
+
+    Attributes:
+        left: shape (g, m, r), columns l_i.
+        right: shape (g, r, n), rows r_i, singular values absorbed; left @ right is the target up to rank r.
+        singular_values: shape (g, min(m, n)), of the target in the metric.
+    """
+
+    left: Tensor
+    right: Tensor
+    singular_values: Tensor
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The leading components, scaled so that both factors of each have the same norm."""
+        left, right = self.left[..., :rank], self.right[..., :rank, :]
+        left_norm, right_norm = left.norm(dim=-2), right.norm(dim=-1)
+        product = left_norm * right_norm
+        scale = torch.where(product > 0, (right_norm / left_norm.clamp_min(1e-300)).sqrt(), torch.ones_like(product))
+        safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return left * safe[..., None, :], right / safe[..., None]
+
+    def relative_tail(self) -> Tensor:
+        """Norm of what truncation to rank k = 1, 2, ... leaves out over the norm of all, in the metric, shape (r,)."""
+        energy = self.singular_values.square().sum(0)
+        total = energy.sum()
+        if total <= 0:
+            return torch.zeros_like(energy)
+        tail = (total - energy.cumsum(0)).clamp_min(0)
+        return (tail / total).sqrt()
+
+
+def factorize(
+    target: Tensor,  # (g, m, n)
+    input_moment: Tensor | None = None,  # (g, n, n)
+    output_moment: Tensor | None = None,  # (g, m, m)
+    *,
+    damping: float = 0.0,
+    max_rank: int | None = None,
+) -> Factors:
+    """Decompose ``target`` in the metric of two moments.
+
+    Args:
+        target: matrices to be approximated.
+        input_moment: positive semi-definite, None for the identity.
+        output_moment: positive semi-definite, None for the identity.
+        damping: share of the mean eigenvalue that is added to every eigenvalue of the moments.
+        max_rank: number of components to return, all by default.
+
+    Returns:
+        The leading components.
+
+    Raises:
+        ValueError: if the target or a moment is not finite.
+    """
+    for name, tensor in (("weight", target), ("input moment", input_moment), ("output moment", output_moment)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"the {name} holds NaN or infinite entries")
+    _, rows, columns = target.shape
+    scale = target.abs().amax().to(torch.float64)
+    scale = scale if scale > 0 else torch.ones_like(scale)
+    unit = target.to(torch.float64) / scale
+    inner = None if input_moment is None else damped(input_moment, damping)
+    outer = None if output_moment is None else damped(output_moment, damping)
+    max_rank = min(rows, columns) if max_rank is None else max_rank
+    if rows <= columns:
+        left, right, values = _by_rows(unit, inner, outer)
+        factors = Factors(left[..., :max_rank], right[..., :max_rank, :] * scale, values * scale)
+    else:
+        left, right, values = _by_rows(
+            unit.transpose(1, 2),
+            outer,
+            inner,
+        )
+        factors = Factors(
+            right.transpose(1, 2)[..., :max_rank] * scale, left.transpose(1, 2)[..., :max_rank, :], values * scale
+        )
+    return factors
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """The moment in float64 with mean eigenvalue 1, plus ``damping`` on the diagonal; zero becomes the identity."""
+    moment = moment.to(torch.float64)
+    moment = (moment + moment.transpose(-1, -2)) / 2
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return torch.where(mean > 0, moment / torch.where(mean > 0, mean, torch.ones_like(mean)) + damping * eye, eye)
+
+
+def _by_rows(
+    target: Tensor,  # (g, m, n) with m <= n
+    inner: Tensor | None,  # (g, n, n)
+    outer: Tensor | None,  # (g, m, m)
+) -> tuple[Tensor, Tensor, Tensor]:
+    weighted = target if inner is None else target @ inner
+    gram = weighted @ target.transpose(-1, -2)
+    if outer is None:
+        values, vectors = torch.linalg.eigh(gram)
+        left, back = vectors, vectors
+    else:
+        root, inverse = _roots(outer)
+        values, vectors = torch.linalg.eigh(root @ gram @ root)
+        left, back = inverse @ vectors, root @ vectors
+    singular_values = values.flip(-1).clamp_min(0).sqrt()
+    left, back = left.flip(-1), back.flip(-1)
+    return left, back.transpose(-1, -2) @ target, singular_values
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric root and its pseudo-inverse; null directions stay null."""
+    values, vectors = torch.linalg.eigh(moment)
+    floor = values.amax(-1, keepdim=True) * moment.shape[-1] * torch.finfo(values.dtype).eps
+    alive = values > floor
+    root = torch.where(alive, values.clamp_min(0).sqrt(), torch.zeros_like(values))
+    inverse = torch.where(alive, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), torch.zeros_like(values))
+    return (vectors * root[..., None, :]) @ vectors.transpose(-1, -2), (
+        vectors * inverse[..., None, :]
+    ) @ vectors.transpose(-1, -2)
