@@ -142,7 +142,8 @@ class LowRankLinear(LowRankModule):
             device=self.left_factor.device,
             dtype=self.left_factor.dtype,
         )
-        return _fill_dense(dense, self)
+        _fill_dense(dense, self)
+        return dense
 
     def extra_repr(self) -> str:
         """The geometry, as ``nn.Linear`` prints it, with the rank."""
@@ -193,7 +194,7 @@ class LowRankConv2d(LowRankModule):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.padding_mode = padding_mode
         # nn.Conv2d has worked out the widths of the four borders already; F.pad needs them for the other modes
-        geometry = nn.Conv2d(1, 1, kernel_size, stride, padding, dilation, padding_mode=padding_mode, device="meta")
+        geometry = nn.Conv2d(1, 1, kernel_size, stride, padding, dilation, padding_mode=padding_mode, device="meta")  # type: ignore[arg-type]
         self._borders: list[int] = list(geometry._reversed_padding_repeated_twice)
         self.right_factor = nn.Parameter(
             torch.empty(groups * rank, in_channels // groups, height, width, device=device, dtype=dtype)
@@ -238,7 +239,8 @@ class LowRankConv2d(LowRankModule):
             device=self.left_factor.device,
             dtype=self.left_factor.dtype,
         )
-        return _fill_dense(dense, self)
+        _fill_dense(dense, self)
+        return dense
 
     def extra_repr(self) -> str:
         """The geometry and the rank."""
@@ -259,9 +261,9 @@ def _conv_geometry(module: nn.Conv2d | LowRankConv2d) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names.split()}
 
 
-def _fill_dense(dense: Any, low_rank: LowRankModule) -> Any:
+def _fill_dense(dense: nn.Linear | nn.Conv2d, low_rank: LowRankModule) -> None:
     with torch.no_grad():
         dense.weight.copy_(low_rank.weight)
-        if low_rank.bias is not None:
+        if low_rank.bias is not None and dense.bias is not None:
             dense.bias.copy_(low_rank.bias)
-    return dense.train(low_rank.training)
+    dense.train(low_rank.training)

@@ -2,9 +2,9 @@ r"""Choose one rank per layer: the multiple-choice knapsack, by its Lagrangian.
 
 Layer i offers options (cost c, predicted change of the loss J): its dense weight, with J = 0, and every allowed rank.
 For a price lambda the best choice minimises sum J_i + lambda * sum c_i and separates over the layers; as lambda rises
-from 0 the choices walk along the lower convex hull of each layer's options. The steps of all hulls, sorted by price, are
-one path of nested allocations from the largest to the smallest model. Between two of its vertices the remaining budget
-is filled greedily. (Sinha and Zoltners 1979, The multiple-choice knapsack problem.)
+from 0 the choices walk along the lower convex hull of each layer's options. The steps of all hulls, sorted by price,
+are one path of nested allocations from the largest to the smallest model. Between two of its vertices the remaining
+budget is filled greedily. (Sinha and Zoltners 1979, The multiple-choice knapsack problem.)
 """
 
 from __future__ import annotations

@@ -109,14 +109,15 @@ def compensated_target(
     """The damped least-squares weight W (C + e I)(B + e I)^(-1) for the inputs y, in float64, shape (g, m, n)."""
     size = input_moment.shape[-1]
     mean = input_moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    if not bool((mean > 0).all()) or damping == 0:
+    eye = torch.eye(size, dtype=torch.float64, device=weight.device)
+    if damping == 0 or not bool((mean > 0).all()):
         # without damping null directions need a pseudo-inverse; a zero moment carries no evidence at all
-        projector = input_moment @ torch.linalg.pinv(input_moment, hermitian=True)
-        eye = torch.eye(size, dtype=torch.float64, device=weight.device)
-        return weight.double() @ (cross_moment @ torch.linalg.pinv(input_moment, hermitian=True) + eye - projector)
-    ridge = damping * mean * torch.eye(size, dtype=torch.float64, device=weight.device)
-    solved = torch.linalg.solve(input_moment + ridge, (cross_moment + ridge).transpose(-1, -2))
-    return weight.double() @ solved.transpose(-1, -2)
+        inverse = torch.linalg.pinv(input_moment, hermitian=True)
+        correction: Tensor = cross_moment @ inverse + eye - input_moment @ inverse
+    else:
+        ridge = damping * mean * eye
+        correction = torch.linalg.solve(input_moment + ridge, cross_moment + ridge, left=False)
+    return weight.double() @ correction
 
 
 def _paired_moments(

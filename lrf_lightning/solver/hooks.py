@@ -40,7 +40,7 @@ def observe_gradients(layers: Mapping[str, nn.Module], on_forward: OnForward) ->
             def receive(grad: Tensor) -> None:
                 on_gradient(grad.detach())
 
-            output.register_hook(receive)
+            output.register_hook(receive)  # type: ignore[no-untyped-call]
             return output.clone()
 
         return observe

@@ -147,7 +147,7 @@ def _probe(rank: int, predicted: float, outcome: Outcome, dense: Outcome) -> Pro
 
 
 def _interpolated(perturbation: Tensor, points: Sequence[tuple[float, float]]) -> Tensor:
-    """exp of the piecewise linear function through the points over log perturbation, constant beyond the ends."""
+    """Exponential of the piecewise linear function through the points over log perturbation, constant beyond."""
     if not points:
         return torch.ones_like(perturbation)
     ordered = sorted(points)
