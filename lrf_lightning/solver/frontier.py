@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lrf_lightning.solver.allocation import Option, allocate, cheapest
+from lrf_lightning.solver.certificate import default_loss_margin
 from lrf_lightning.solver.compensation import build
 from lrf_lightning.solver.evaluation import Outcome, evaluate
 from lrf_lightning.solver.result import FrontierPoint
@@ -160,30 +161,30 @@ class Frontier:
 
 
 def choose_compact(frontier: Frontier, dense_params: int) -> FrontierPoint | None:
-    """The smallest point whose loss and score are within the tolerances, None if there is none."""
+    """The smallest point that is not distinguishably worse than the dense model, None if there is none."""
 
     def accept(point: FrontierPoint) -> bool:
-        return _qualifies(frontier, point, dense_params)
+        return _qualifies(frontier, point, dense_params, frontier.dense)
 
     qualified = [point for point in frontier.walk() if accept(point)]
     return frontier.refine(qualified[-1], accept) if qualified else None
 
 
 def choose_lossless(frontier: Frontier, dense_params: int) -> FrontierPoint | None:
-    """The point with the lowest loss among those within the tolerances; among ties the smallest.
+    """The smallest point that ties with the lowest loss of all, the dense model included; None if there is none.
 
-    A tie is a point whose loss is not above the lowest by more than ``ties`` paired standard errors, the
-    one-standard-error rule (Breiman et al. 1984) for paired data.
+    This is the one-standard-error rule (Breiman et al. 1984) for paired data.
     """
-    qualified = [point for point in frontier.walk() if _qualifies(frontier, point, dense_params)]
-    if not qualified:
-        return None
-    best = min(qualified, key=lambda point: point.loss)
+    points = [point for point in frontier.walk() if math.isfinite(point.loss)]
+    best = min(points, key=lambda point: point.loss, default=None)
+    dense_wins = best is None or best.loss >= frontier.dense.measurement().loss
+    reference = frontier.dense if best is None or dense_wins else frontier.outcome(best)
 
     def accept(point: FrontierPoint) -> bool:
-        return _qualifies(frontier, point, dense_params) and _ties(frontier, point, best)
+        return _qualifies(frontier, point, dense_params, reference)
 
-    return frontier.refine([point for point in qualified if accept(point)][-1], accept)
+    qualified = [point for point in points if accept(point)]
+    return frontier.refine(qualified[-1], accept) if qualified else None
 
 
 def mark_chosen(points: list[FrontierPoint], chosen: FrontierPoint | None) -> list[FrontierPoint]:
@@ -191,22 +192,27 @@ def mark_chosen(points: list[FrontierPoint], chosen: FrontierPoint | None) -> li
     return [dataclasses.replace(point, chosen=point is chosen) for point in points]
 
 
-def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int) -> bool:
+def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, reference: Outcome) -> bool:
+    """Whether a point is smaller than the dense model and ties with a reference.
+
+    The loss may exceed the reference's, and the score may fall below the dense model's, by the tolerance and the noise:
+    ``ties`` paired standard errors, but never more than half the margin of the verdict, so that a small selection split
+    does not admit a bad model.
+    """
     settings = frontier.work.settings
-    score_holds = point.score_change is None or point.score_change >= -settings.score_tolerance - 1e-12
-    return (
-        bool(point.ranks)
-        and point.params_model < dense_params
-        and math.isfinite(point.loss_change)
-        and point.loss_change <= settings.tolerance + 1e-12
-        and score_holds
-    )
-
-
-def _ties(frontier: Frontier, point: FrontierPoint, best: FrontierPoint) -> bool:
-    a, b = frontier.outcome(point), frontier.outcome(best)
-    error = _paired_error(a.losses - b.losses, a.weights)
-    return point.loss - best.loss <= frontier.work.settings.ties * error
+    if not point.ranks or point.params_model >= dense_params or not math.isfinite(point.loss_change):
+        return False
+    outcome = frontier.outcome(point)
+    margin = settings.loss_margin
+    if margin is None:
+        margin = default_loss_margin(frontier.dense.measurement().loss)
+    noise = settings.ties * _paired_error(outcome.losses - reference.losses, outcome.weights)
+    if point.loss - reference.measurement().loss > settings.tolerance + min(noise, margin / 2):
+        return False
+    if point.score_change is None or point.score_change_error is None:
+        return True
+    noise = settings.ties * point.score_change_error
+    return point.score_change >= -settings.score_tolerance - min(noise, settings.score_margin / 2) - 1e-12
 
 
 def _paired_error(differences: Tensor, weights: Tensor) -> float:

@@ -174,16 +174,16 @@ def _choose(work: Workspace, dense: Outcome) -> tuple[nn.Module, list[FrontierPo
         message = f"Best allocation with {settings.keep:g} of the factorizable layers' {settings.cost}."
     elif settings.objective == "compact":
         chosen = choose_compact(frontier, dense_params)
-        message = "Smallest measured point whose loss and score on the selection split are within the tolerances."
+        message = "Smallest measured model whose loss and score tie with the original's on the selection split."
     else:
         chosen = choose_lossless(frontier, dense_params)
-        message = "Smallest of the measured points whose selection loss ties with the lowest one."
+        message = "Smallest measured model whose loss ties with the lowest one on the selection split."
     if chosen is not None and not chosen.ranks:
         chosen, message = None, "Every layer is best left dense within this budget."
     elif chosen is None and settings.objective != "paper":
         message = (
-            f"No measured point kept the loss within {settings.tolerance:g} and the score within "
-            f"{settings.score_tolerance:g} of the original on the selection split."
+            "No smaller model kept its loss and score within the noise and the tolerances on the selection split "
+            f"(tolerance={settings.tolerance:g}, score_tolerance={settings.score_tolerance:g})."
         )
     compressed = copy.deepcopy(work.model) if chosen is None else frontier.build(chosen.ranks)
     points = mark_chosen(frontier.points, chosen)

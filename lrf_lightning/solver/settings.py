@@ -20,17 +20,17 @@ class Settings:
     """Everything that decides the outcome besides the model and the data.
 
     Attributes:
-        objective: ``lossless`` (lowest measured loss among compressed models), ``compact`` (smallest model that is
-            not above the original's loss), ``budget`` (best model with ``keep`` of the cost) or ``paper`` (the
-            published greedy algorithm).
+        objective: ``lossless`` (a model whose loss ties with the lowest that was measured), ``compact`` (smallest
+            model whose loss ties with the original's), ``budget`` (best model with ``keep`` of the cost) or
+            ``paper`` (the published greedy algorithm).
         metric: metric of the factorization, ``euclidean`` (plain SVD), ``activation`` (whitened inputs) or ``fisher``
             (whitened inputs and output gradients).
         keep: share of the factorizable layers' cost that ``budget`` keeps, in (0, 1].
         cost: what is counted, ``params`` or ``flops`` (multiply-adds of the factorizable layers).
-        tolerance: increase of the selection loss that still qualifies, absolute, in units of the loss.
-        score_tolerance: fall of the selection score that still qualifies, absolute, in units of the score.
-        ties: points whose selection loss lies within this many paired standard errors of the lowest are ties, and
-            the smallest of them wins (``lossless`` only).
+        tolerance: increase of the selection loss that ``lossless`` and ``compact`` accept beyond its noise, absolute.
+        score_tolerance: fall of the selection score that they accept beyond its noise, absolute.
+        ties: noise of the selection split: differences within this many paired standard errors, and within half the
+            margin of the verdict, count as ties, and the smallest model of a tie wins. 0 takes figures at face value.
         loss_margin: increase of the loss that counts as not worse in the verdict, absolute; None stands for the
             larger of 2 % of the original's loss and 0.005.
         score_margin: fall of the score that counts as not worse in the verdict, absolute.
