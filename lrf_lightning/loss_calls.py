@@ -1,0 +1,127 @@
+"""Per-sample losses, accuracies and logits from the loss functions that a step calls.
+
+A Lightning step returns one number for a batch. While it runs, :class:`LossCalls` watches calls of ``cross_entropy``,
+``nll_loss``, ``binary_cross_entropy_with_logits`` and ``mse_loss`` in ``torch.nn.functional``, which the modules of
+``torch.nn`` end in as well. The same call without reduction then gives one loss per row, and rows belong to samples::
+
+    (batch,)            one row per sample
+    (batch, d1, ...)    mean over a sample's rows
+    (batch * t,)        flattened tokens, mean over a sample's t rows
+
+Whether these are the step's loss is not decided here: :func:`agrees` compares their mean with what the step returned,
+which fails, as it should, for class weights, ignored targets and losses of several terms.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["LossCall", "LossCalls", "agrees"]
+
+WATCHED: frozenset[Callable[..., Any]] = frozenset(
+    {functional.cross_entropy, functional.nll_loss, functional.binary_cross_entropy_with_logits, functional.mse_loss}
+)
+CLASSIFIERS: frozenset[Callable[..., Any]] = frozenset({functional.cross_entropy, functional.nll_loss})
+REDUCTION = frozenset({"reduction", "reduce", "size_average"})
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One call of a watched loss function.
+
+    Attributes:
+        function: the function of ``torch.nn.functional``.
+        input: its first argument, logits or predictions.
+        target: its second argument.
+        options: the other arguments by name, those on reduction left out.
+        result: what it returned.
+    """
+
+    function: Callable[..., Tensor]
+    input: Tensor
+    target: Tensor
+    options: Mapping[str, Any]
+    result: Tensor
+
+    def per_sample(self, size: int) -> Tensor | None:
+        """Loss of every sample, shape (size,), differentiable, in float32 or wider; None if rows fit no sample."""
+        options = {name: _widened(value) for name, value in self.options.items()}
+        rows = self.function(_widened(self.input), _widened(self.target), **options, reduction="none")
+        return _mean_over_rows(rows, size)
+
+    def correct(self, size: int) -> Tensor | None:
+        """Share of rows whose largest logit is the target's.
+
+        Returns:
+            Shape (size,) per sample; () over all rows if some targets are ignored or rows fit no sample; None if the
+            loss is no classification with class indices.
+        """
+        if not self._has_classes:
+            return None
+        hits = (self.input.detach().argmax(1) == self.target).to(torch.float32)
+        valid = self.target != self.options.get("ignore_index", -100)
+        if not bool(valid.all()):
+            return hits[valid].mean() if bool(valid.any()) else None
+        per_sample = _mean_over_rows(hits, size)
+        return hits.mean() if per_sample is None else per_sample
+
+    def logits(self, size: int) -> Tensor | None:
+        """Logits of shape (size, classes) if the loss is a plain cross-entropy with one row per sample, else None.
+
+        Rows of tokens and pixels are left out: a vocabulary's logits for a whole split would not fit into memory.
+        """
+        plain = self.options.get("weight") is None and not self.options.get("label_smoothing")
+        if not (self._has_classes and plain and self.input.dim() == 2 and self.target.shape == (size,)):
+            return None
+        return self.input.detach()
+
+    @property
+    def _has_classes(self) -> bool:
+        return self.function in CLASSIFIERS and not self.target.is_floating_point() and self.input.dim() >= 2
+
+
+class LossCalls(TorchFunctionMode):
+    """Context manager that notes the calls of watched loss functions in :attr:`calls`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[LossCall] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the function as it is and note it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in WATCHED:
+            arguments = inspect.signature(func).bind(*args, **kwargs).arguments
+            options = {name: value for name, value in arguments.items() if name not in REDUCTION}
+            first, second = options.pop("input"), options.pop("target")
+            self.calls.append(LossCall(func, first, second, options, result))
+        return result
+
+
+def agrees(per_sample: Tensor, loss: Tensor) -> bool:
+    """Whether the mean of per-sample losses is the loss, within 1e-4 or a few roundings of the loss's dtype."""
+    mean, value = float(per_sample.detach().double().mean()), float(loss.detach().double())
+    relative = max(1e-4, 4 * torch.finfo(loss.dtype).eps)
+    return abs(mean - value) <= relative * abs(value) + 1e-9
+
+
+def _mean_over_rows(rows: Tensor, size: int) -> Tensor | None:
+    if rows.dim() == 0 or size < 1 or rows.shape[0] == 0 or rows.shape[0] % size:
+        return None
+    return rows.reshape(size, -1).mean(1)
+
+
+def _widened(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value

@@ -1,0 +1,277 @@
+"""The loss of a LightningModule, taken from its own steps.
+
+The solver needs ``loss(model, batch)``. :class:`StepLoss` calls the module's ``validation_step``, which has no
+augmentation, or its ``training_step`` if the former gives no loss that gradients flow through. It is decided once, on
+the first batch, from the first of these that yields a loss:
+
+1. what ``validation_step`` returns: a scalar tensor, the first tensor of a tuple, or the value under ``"loss"``;
+2. the one value that ``validation_step`` logs under a name such as ``val/loss``;
+3. the result of the one loss function of ``torch.nn.functional`` that ``validation_step`` calls;
+4. what ``training_step`` returns, unless the module optimises manually.
+
+Where the loss is the mean of one watched loss function (see :mod:`lrf_lightning.loss_calls`), the loss is given per
+sample, with the accuracy as score and the logits of a classifier. Otherwise it stays one number per batch. Compiled
+submodules may be called by a step; a step that is compiled as a whole hides its calls and gives the number per batch.
+
+The score can also be a value that the module logs, by name. A logged metric object is reset before every batch and
+computed after it. Where the accuracy seen in the loss has the same value, it stands in, because it is per sample.
+
+Nothing reaches the trainer and nothing stays in the module, see :mod:`lrf_lightning.step_record`. Nothing here moves
+batches or sets the training mode: the solver and :mod:`lrf_lightning.loaders` do.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from lrf_lightning.loss_calls import agrees
+from lrf_lightning.solver.evaluation import StepOutput, batch_size
+from lrf_lightning.step_record import StepRecord, run_step
+
+__all__ = ["Score", "StepLoss"]
+
+logger = logging.getLogger(__name__)
+
+Score = Callable[[nn.Module, Any], Tensor]
+
+LOSS_NAME = re.compile(r"((val|valid|validation|dev|eval)[/_.-])?loss", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the loss is found: a step, and ``returned``, ``call`` or the name of a logged value."""
+
+    step: str
+    place: str
+
+
+class StepLoss:
+    """Callable ``(module, batch) -> StepOutput`` made of a LightningModule's own steps.
+
+    Args:
+        trainer: lent to the module while a step runs, together with its precision; None for a module without one.
+        score: name of a logged value, larger is better; a callable ``(module, batch) -> Tensor`` of shape (batch,) or
+            (); None for the accuracy, where the loss shows it.
+        loss: a callable ``(module, batch) -> Tensor | StepOutput`` that replaces the module's steps.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer | None = None,
+        *,
+        score: str | Score | None = None,
+        loss: Callable[[nn.Module, Any], Tensor | StepOutput] | None = None,
+    ) -> None:
+        self.trainer, self.score, self.loss = trainer, score, loss
+        self._source: _Source | None = None
+
+    def __call__(self, module: nn.Module, batch: Any) -> StepOutput:
+        """Loss and score of one batch, which must be on the module's device.
+
+        Raises:
+            TypeError: if the module is no LightningModule.
+            ValueError: if no step gives a loss, or the score's name is not logged.
+        """
+        if not isinstance(module, LightningModule):
+            raise TypeError(f"module is a {type(module).__name__}; StepLoss takes a LightningModule, or pass loss=")
+        with self._attached(module):
+            if self.loss is not None:
+                output = self.loss(module, batch)
+                output = StepOutput(output) if isinstance(output, Tensor) else output
+                return output if self.score is None else _with_score(output, self._extra_score(module, batch, None))
+            if self._source is None:
+                self._source = _decide(module, batch)
+                logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
+            record = self._record(module, self._source.step, batch)
+            output = _output(record, _required_loss(record, self._source), batch_size(batch))
+            return output if self.score is None else _with_score(output, self._extra_score(module, batch, record))
+
+    def _record(self, module: LightningModule, step: str, batch: Any) -> StepRecord:
+        name = self.score if isinstance(self.score, str) else None
+        return run_step(module, step, batch, compute=None if name is None else partial(_logged_name, name))
+
+    def _extra_score(self, module: LightningModule, batch: Any, record: StepRecord | None) -> Tensor:
+        """The score that was asked for; a named one may have to be fetched from the other step."""
+        assert self.score is not None
+        with torch.no_grad():
+            if not isinstance(self.score, str):
+                return self.score(module, batch)
+            names: set[str] = set()
+            for step in ("validation_step", "training_step"):
+                if record is None or self._source is None or self._source.step != step:
+                    if not _callable_step(module, step):
+                        continue
+                    found = self._record(module, step, batch)
+                else:
+                    found = record
+                name = _logged_name(self.score, found.logged)
+                if name is not None:
+                    return _scalar(self.score, found.logged[name])
+                names |= set(found.logged)
+        raise ValueError(
+            f"score={self.score!r} is not logged by a step of {type(module).__name__}; "
+            f"logged are {sorted(names) or 'no values'}. Use one of them, or pass a callable score(module, batch)"
+        )
+
+    @contextmanager
+    def _attached(self, module: LightningModule) -> Iterator[None]:
+        """Lend the trainer to a copied module, and run at the trainer's precision."""
+        if self.trainer is None:
+            yield
+            return
+        before = module._trainer
+        module.trainer = self.trainer
+        precision: AbstractContextManager[Any] = self.trainer.precision_plugin.val_step_context()
+        try:
+            with precision:
+                yield
+        finally:
+            module.trainer = before
+
+
+def _decide(module: LightningModule, batch: Any) -> _Source:
+    """Find the first source of a loss; see the module's docstring for their order."""
+    problems: list[str] = []
+    cause: Exception | None = None
+    for step in ("validation_step", "training_step"):
+        if not _callable_step(module, step):
+            problems.append(f"{step} is not defined" if not is_overridden(step, module) else f"{step} cannot be used")
+            continue
+        try:
+            with _grad_everywhere(module):
+                record = run_step(module, step, batch)
+        except Exception as error:  # a step may depend on state that only training has: the other one is tried
+            logger.debug("%s failed outside of a fit", step, exc_info=True)
+            problems.append(f"{step} raised {type(error).__name__}: {error}")
+            cause = error
+            continue
+        for place in _places(step, record):
+            if _loss(record, _Source(step, place), step == "training_step") is not None:
+                return _Source(step, place)
+        problems.append(f"{step} returned {_described(record.returned)}")
+    raise ValueError(
+        f"no step of {type(module).__name__} gives a floating-point scalar loss that gradients flow through "
+        f"({'; '.join(problems)}). Return the loss from validation_step, or pass loss=a callable (module, batch)"
+    ) from cause
+
+
+def _places(step: str, record: StepRecord) -> Iterator[str]:
+    yield "returned"
+    if step != "validation_step":
+        return
+    names = [name for name, value in record.logged.items() if "loss" in name.lower() and isinstance(value, Tensor)]
+    exact = [name for name in names if LOSS_NAME.fullmatch(name)]
+    if len(exact) == 1 or len(names) == 1:
+        yield f"logged {(exact or names)[0]}"
+    elif not names and len(record.calls) == 1:
+        yield "call"
+
+
+def _loss(record: StepRecord, source: _Source, vector: bool) -> Tensor | None:
+    """The loss at a source, None if what is there is no loss; a vector counts only where it cannot be a prediction."""
+    value: Any
+    if source.place == "call":
+        value = record.calls[0].result if len(record.calls) == 1 else None
+    elif source.place.startswith("logged "):
+        value = record.logged.get(source.place.removeprefix("logged "))
+    else:
+        value = record.returned
+        if isinstance(value, Mapping):
+            value, vector = value.get("loss"), True
+        elif isinstance(value, (tuple, list)):
+            value = next((item for item in value if isinstance(item, Tensor)), None)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return None
+    if value.numel() == 1 and value.dim() <= 1:
+        value = value.reshape(())
+    elif not vector or value.dim() != 1:
+        return None
+    return value if value.requires_grad or not torch.is_grad_enabled() else None
+
+
+def _required_loss(record: StepRecord, source: _Source) -> Tensor:
+    # layers that are observed may lie outside of the graph of a frozen model, so a gradient is not asked for again
+    with torch.no_grad():
+        loss = _loss(record, source, True)
+    if loss is None:
+        raise ValueError(
+            f"{source.step} gave a loss ({source.place}) for the first batch, but for this one it returned "
+            f"{_described(record.returned)}; it must give a loss for every batch, or pass loss="
+        )
+    return loss
+
+
+def _output(record: StepRecord, loss: Tensor, size: int) -> StepOutput:
+    """The loss per sample where a watched call explains it, else as it is; accuracy and logits where they are known."""
+    if loss.dim() == 0:
+        for call in record.calls:
+            losses = call.per_sample(size)
+            if losses is not None and agrees(losses, loss):
+                logits = call.logits(size)
+                return StepOutput(losses, call.correct(size), logits, None if logits is None else call.target)
+    scores = [score for call in record.calls if (score := call.correct(size)) is not None]
+    return StepOutput(loss, scores[0] if len(scores) == 1 else None)
+
+
+def _with_score(output: StepOutput, score: Tensor) -> StepOutput:
+    """Replace the score, unless the one that is there has the same mean and says more."""
+    known = output.score
+    if known is not None and known.dim() == 1 and score.dim() == 0 and abs(float(known.mean()) - float(score)) < 1e-6:
+        return output
+    return StepOutput(output.loss, score, output.logits, output.target)
+
+
+def _logged_name(score: str, logged: Mapping[str, Any]) -> str | None:
+    """The name as the step knows it: Lightning adds ``_step``, ``_epoch`` and ``/dataloader_idx_0`` by itself."""
+    short = re.sub(r"/dataloader_idx_\d+$", "", score)
+    return next((name for name in (score, short, re.sub(r"_(step|epoch)$", "", short)) if name in logged), None)
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+    if tensor.numel() != 1:
+        raise ValueError(f"score={name!r} is logged with shape {tuple(tensor.shape)}; it must be a single number")
+    return tensor.reshape(()).to(torch.float64)
+
+
+@contextmanager
+def _grad_everywhere(module: nn.Module) -> Iterator[None]:
+    """Let all floating-point parameters ask for gradients, so that a loss can show that it depends on them."""
+    flags = {p: p.requires_grad for p in module.parameters() if p.is_floating_point()}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _callable_step(module: LightningModule, step: str) -> bool:
+    if not is_overridden(step, module):
+        return False
+    # a manual training_step would step the optimizers, which hold the trained weights
+    manual = step == "training_step" and not module.automatic_optimization
+    return not manual and "dataloader_iter" not in inspect.signature(getattr(module, step)).parameters
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        grad = "" if value.requires_grad else " without gradient"
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}{grad}"
+    if isinstance(value, Mapping):
+        return f"a mapping with the keys {sorted(map(str, value))}"
+    return "nothing" if value is None else f"a {type(value).__name__}"

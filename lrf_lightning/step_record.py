@@ -1,0 +1,126 @@
+"""Call one step of a LightningModule outside of a Trainer's loop, and leave no trace of the call.
+
+While the step runs, ``log`` and ``log_dict`` of the module and its children are shadowed, so that nothing reaches the
+trainer; metrics are reset before it. Whatever the step writes to attributes of the module (lists of outputs, states of
+metrics) is undone, because such outputs would hold the graph of every batch and could not be copied with the module.
+Buffers that are changed in place are not restored.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+
+from lrf_lightning.loss_calls import LossCall, LossCalls
+
+__all__ = ["StepRecord", "run_step"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did.
+
+    Attributes:
+        returned: its result.
+        logged: the values it logged by name; the metric object that was asked for is computed.
+        calls: the watched loss functions that it called.
+    """
+
+    returned: Any
+    logged: dict[str, Any]
+    calls: list[LossCall]
+
+
+def run_step(
+    module: LightningModule, step: str, batch: Any, *, compute: Callable[[Mapping[str, Any]], str | None] | None = None
+) -> StepRecord:
+    """Call a step with one batch.
+
+    Args:
+        module: the module; its attributes are as they were on return.
+        step: name of the method, such as ``"validation_step"``.
+        batch: passed on as it is, with the indices 0 where the step asks for them.
+        compute: picks the name of a logged metric object whose value is wanted.
+    """
+    logged: dict[str, Any] = {}
+    method = getattr(module, step)  # looked up first: a compiled step is an attribute of the instance
+    with _undone(module), LossCalls() as watch:
+        _shadow_log(module, logged)
+        for metric in [m for m in module.modules() if isinstance(m, Metric)]:
+            metric.reset()
+        returned = method(batch, *_indices(method))
+        name = compute(logged) if compute else None
+        if name is not None and isinstance(logged[name], Metric):
+            with torch.no_grad():
+                logged[name] = logged[name].compute()
+    return StepRecord(returned, logged, watch.calls)
+
+
+def _indices(method: Callable[..., Any]) -> list[int]:
+    """A 0 for every argument after the batch that has to be given, ``batch_idx`` always."""
+    parameters = list(inspect.signature(method).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return [0]
+    others = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+    required = sum(p.default is p.empty for p in others)
+    return [0] * max(required, int(bool(others) and others[0].name == "batch_idx"))
+
+
+def _shadow_log(module: LightningModule, logged: dict[str, Any]) -> None:
+    """Let ``log`` and ``log_dict`` write into ``logged``, until the instances' attributes are restored."""
+
+    def log(name: str, value: Any, *_: Any, **__: Any) -> None:
+        logged[name] = value
+
+    def log_dict(dictionary: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        if isinstance(dictionary, MetricCollection):
+            logged.update(dictionary.items(keep_base=False, copy_state=True))
+        else:
+            logged.update(dictionary)
+
+    for child in module.modules():
+        if isinstance(child, LightningModule):
+            child.__dict__.update(log=log, log_dict=log_dict)
+
+
+@contextmanager
+def _undone(module: nn.Module) -> Iterator[None]:
+    """Restore attributes of all modules but torch's own, and the contents of their containers."""
+    own = [m for m in module.modules() if not type(m).__module__.startswith("torch.nn")]
+    saved = [(m, dict(m.__dict__), [restore for v in m.__dict__.values() for restore in _restorers(v)]) for m in own]
+    try:
+        yield
+    finally:
+        for changed, attributes, restorers in saved:
+            changed.__dict__.clear()
+            changed.__dict__.update(attributes)
+            for restore in restorers:
+                restore()
+
+
+def _restorers(value: Any, depth: int = 3) -> Iterator[Callable[[], None]]:
+    if depth == 0 or not isinstance(value, (list, dict, set, deque)):
+        return
+    yield _restorer(value)
+    if not isinstance(value, set):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _restorers(item, depth - 1)
+
+
+def _restorer(container: Any) -> Callable[[], None]:
+    contents = list(container.items()) if isinstance(container, dict) else list(container)
+
+    def restore() -> None:
+        container.clear()
+        (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
+
+    return restore
