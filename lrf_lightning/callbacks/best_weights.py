@@ -1,0 +1,54 @@
+"""The weights of the best checkpoint of a run."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pickle
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["load_best_weights"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_best_weights(trainer: Trainer, module: LightningModule) -> None:
+    """Load the state dict of the best checkpoint into a module, without unpickling code.
+
+    With ``fast_dev_run`` there are no checkpoints, and the weights stay.
+
+    Args:
+        trainer: its checkpoint callback knows the file.
+        module: a copy of the trained module.
+
+    Raises:
+        ValueError: if there is no best checkpoint, or it holds objects that cannot be loaded safely.
+    """
+    callback: Any = trainer.checkpoint_callback
+    path = getattr(callback, "best_model_path", "")
+    if not path and getattr(trainer, "fast_dev_run", False):
+        logger.info("fast_dev_run writes no checkpoints; the last weights are compressed instead of the best ones.")
+        return
+    if not path:
+        raise ValueError(
+            "weights='best', but no best checkpoint was written; let ModelCheckpoint save one, or use weights='last'"
+        )
+    checkpoint = _load(trainer, path)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+
+
+def _load(trainer: Trainer, path: str) -> dict[str, Any]:
+    try:
+        if "weights_only" in inspect.signature(trainer.strategy.load_checkpoint).parameters:
+            return trainer.strategy.load_checkpoint(path, weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the best checkpoint {path!r} holds objects that cannot be loaded without running code ({error}); "
+            "save plain hyper-parameters (save_hyperparameters(ignore=[...])), or use weights='last'"
+        ) from error

@@ -1,0 +1,129 @@
+"""Mistakes that :class:`~lrf_lightning.LowRankCompression` can tell before training starts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lrf_lightning.solver.settings import Settings
+from lrf_lightning.surgery import find_layers
+
+__all__ = ["check_arguments", "check_best_weights", "check_folder", "check_layers", "check_processes"]
+
+SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+REMEDY = (
+    "Train without the callback, then run the trainer's fit once more on one process with the callback, "
+    "ckpt_path= the consolidated checkpoint and max_epochs reached, or call lrf_lightning.compress on the loaded model"
+)
+
+
+def check_arguments(*, loss: Any, score: Any, weights: Any, dirpath: Any, loaders: dict[str, Any]) -> None:
+    """Check the types and choices of arguments that are not settings of the solver.
+
+    Raises:
+        MisconfigurationException: naming the argument, its value and what is allowed.
+    """
+    if weights not in ("last", "best"):
+        near = get_close_matches(str(weights).lower(), ("last", "best"), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise MisconfigurationException(f"weights={weights!r} is unknown, allowed are 'last', 'best'{hint}")
+    if loss is not None and not callable(loss):
+        raise MisconfigurationException(
+            f"loss={loss!r} is no callable; give loss(module, batch) that returns a Tensor or a StepOutput, or None "
+            "for the loss of the module's own steps"
+        )
+    if score is not None and not isinstance(score, str) and not callable(score):
+        raise MisconfigurationException(
+            f"score={score!r} is neither a callable score(module, batch) nor the name of a logged value, like 'val/acc'"
+        )
+    if dirpath is not None and not isinstance(dirpath, (str, os.PathLike)):
+        raise MisconfigurationException(f"dirpath={dirpath!r} is no path; give a folder, or None for the log folder")
+    for role, loader in loaders.items():
+        if loader is not None and not isinstance(loader, str) and not hasattr(loader, "__iter__"):
+            raise MisconfigurationException(
+                f"{role}={loader!r} is no loader; give a DataLoader, an iterable of batches, the name of a method of "
+                "the datamodule or the module, or None"
+            )
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Refuse what the solver cannot do yet.
+
+    Raises:
+        MisconfigurationException: for sharded strategies and for more than one process.
+    """
+    if isinstance(trainer.strategy, SHARDED):
+        raise MisconfigurationException(
+            f"LowRankCompression does not support {type(trainer.strategy).__name__}, whose weights are spread over "
+            f"devices. {REMEDY}"
+        )
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"LowRankCompression does not support several processes yet (world_size={trainer.world_size}). {REMEDY}"
+        )
+
+
+def check_best_weights(trainer: Trainer) -> None:
+    """Ask for a checkpoint callback if the best weights are wanted.
+
+    Raises:
+        MisconfigurationException: if there is none; ``fast_dev_run`` switches it off and is let through.
+    """
+    if trainer.checkpoint_callback is None and not getattr(trainer, "fast_dev_run", False):
+        raise MisconfigurationException(
+            "weights='best' needs a ModelCheckpoint callback and there is none; add one, or use weights='last'"
+        )
+
+
+def check_folder(directory: Path, *, create: bool) -> None:
+    """Find out whether files can be written into a folder.
+
+    Args:
+        directory: the folder.
+        create: whether to create it now; otherwise the nearest folder that exists is looked at.
+
+    Raises:
+        MisconfigurationException: if the folder cannot be created or written.
+    """
+    try:
+        if create:
+            directory.mkdir(parents=True, exist_ok=True)
+        existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+        # permissions alone do not tell: file systems can be read-only, and root passes every test
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise MisconfigurationException(
+            f"dirpath={str(directory)!r} cannot be written: {error}. Give a folder that can, or save=False"
+        ) from error
+
+
+def check_layers(module: LightningModule, settings: Settings) -> None:
+    """Warn if no layer can be factorized; models that are built in ``configure_model`` are not known yet.
+
+    Raises:
+        MisconfigurationException: if a pattern in ``include`` or ``exclude`` matches no module.
+    """
+    if is_overridden("configure_model", module):
+        return
+    try:
+        candidates, skipped = find_layers(
+            module, include=settings.include, exclude=settings.exclude, min_params=settings.min_params
+        )
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    if not candidates:
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in skipped[:3]) or "it has no weight matrices"
+        rank_zero_warn(
+            f"LowRankCompression finds no layer of {type(module).__name__} that can be factorized ({reasons}); "
+            "the model will be left unchanged"
+        )

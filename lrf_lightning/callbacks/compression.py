@@ -1,0 +1,273 @@
+"""The callback that compresses the trained model when a fit ends."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lrf_lightning.api import compress
+from lrf_lightning.batches import DeviceBatches
+from lrf_lightning.callbacks import checks
+from lrf_lightning.callbacks.best_weights import load_best_weights
+from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
+from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
+from lrf_lightning.progress import stage_progress
+from lrf_lightning.solver.evaluation import Batches, LossFunction
+from lrf_lightning.solver.settings import Cost, Metric, Objective, PaperVariant, Settings
+from lrf_lightning.step_loss import Score, StepLoss
+from lrf_lightning.surgery import replace_module
+
+if TYPE_CHECKING:
+    from lrf_lightning.api import CompressionResult
+
+__all__ = ["LowRankCompression"]
+
+logger = logging.getLogger(__name__)
+
+
+class LowRankCompression(Callback):
+    """Make the trained model smaller without making it worse, when ``Trainer.fit`` ends.
+
+    The work is done in ``on_fit_end`` on a copy of the model: by then checkpoints are written and averaged weights are
+    in place. The module, the trainer, the random states and torch's flags stay as they were. A failure is reported as
+    a warning and as ``compress/failed`` among the trainer's metrics; it never costs the trained model.
+
+    Example::
+
+        compression = LowRankCompression()
+        Trainer(callbacks=[compression]).fit(module, datamodule=datamodule)
+        compression.result.model, compression.result.certificate
+
+    Args:
+        loss: ``loss(module, batch)``, a Tensor of shape (batch,) or () or a ``StepOutput``; None takes the loss from
+            the module's own steps, see :mod:`lrf_lightning.step_loss`.
+        score: ``score(module, batch)`` of shape (batch,) or (), larger is better, or the name of a value that a step
+            logs, such as ``"val/acc"``; None is the accuracy where the loss is a cross-entropy.
+        calibration: loader for statistics, or the name of a method of the datamodule or the module that makes it; None
+            takes the method ``calibration_dataloader``, or else a part of the validation data.
+        selection: likewise, for the choice among candidates.
+        verification: likewise, for the verdict.
+        dirpath: folder for the compressed model, figures and tables; None is ``compressed`` in the log folder.
+        weights: ``last``, the weights at the end of the fit, or ``best``, those of the best checkpoint.
+        in_place: whether the layers of the live module are replaced as well.
+        save: whether the compressed model is written, as a folder for ``load_compressed`` and as a checkpoint for
+            ``Trainer.test(ckpt_path=...)``.
+        log_artifact: whether the compressed model is also handed to a W&B logger as an artifact.
+        strict: whether a failure is raised instead of reported.
+        objective: see :class:`~lrf_lightning.solver.settings.Settings`, as for all arguments that follow.
+        metric: metric of the factorization.
+        keep: share of the factorizable layers' cost that ``objective="budget"`` keeps, in (0, 1].
+        cost: what is counted, ``params`` or ``flops``.
+        tolerance: increase of the selection loss that is accepted beyond its noise.
+        score_tolerance: fall of the selection score that is accepted beyond its noise.
+        ties: paired standard errors within which differences on the selection split count as ties.
+        loss_margin: increase of the loss that counts as not worse; None is the larger of 2 % and 0.005.
+        score_margin: fall of the score that counts as not worse.
+        confidence: one-sided confidence of the verdict, in (0.5, 1).
+        points: number of allocations that are measured.
+        refinements: bisection steps between them.
+        compensation_passes: passes over the calibration data in which factors are fitted to their real inputs.
+        damping: relative damping of second moments.
+        first_order_errors: standard errors by which first-order terms are shrunk.
+        range_factor: largest ratio of measured to predicted change inside the perturbation range.
+        rows_per_feature: sampled input rows per input dimension of a layer.
+        rank_multiple: ranks are rounded to a multiple of this.
+        include: shell patterns on module names; empty means all.
+        exclude: shell patterns on module names that are left alone.
+        min_params: layers with fewer weight entries are left alone.
+        variant: which published algorithm ``objective="paper"`` runs.
+        gamma: largest squared relative error of a layer in ``objective="paper"``.
+        seed: seed of everything that is sampled, the split of the validation data included.
+
+    Attributes:
+        settings: the checked settings of the solver.
+        result: the :class:`~lrf_lightning.api.CompressionResult` of the last fit, None before it and after a failure.
+
+    Raises:
+        MisconfigurationException: if an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss: LossFunction | None = None,
+        score: Score | str | None = None,
+        calibration: Batches | str | None = None,
+        selection: Batches | str | None = None,
+        verification: Batches | str | None = None,
+        dirpath: str | PathLike[str] | None = None,
+        weights: Literal["last", "best"] = "last",
+        in_place: bool = False,
+        save: bool = True,
+        log_artifact: bool = True,
+        strict: bool = False,
+        objective: Objective = "lossless",
+        metric: Metric = "fisher",
+        keep: float = 0.5,
+        cost: Cost = "params",
+        tolerance: float = 0.0,
+        score_tolerance: float = 0.0,
+        ties: float = 1.0,
+        loss_margin: float | None = None,
+        score_margin: float = 0.005,
+        confidence: float = 0.95,
+        points: int = 8,
+        refinements: int = 3,
+        compensation_passes: int = 4,
+        damping: float = 1e-2,
+        first_order_errors: float = 2.0,
+        range_factor: float = 3.0,
+        rows_per_feature: int = 32,
+        rank_multiple: int = 1,
+        include: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
+        min_params: int = 0,
+        variant: PaperVariant = "lossless",
+        gamma: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        arguments = locals()
+        try:
+            self.settings = Settings(**{f.name: arguments[f.name] for f in dataclasses.fields(Settings)})
+        except ValueError as error:
+            raise MisconfigurationException(f"LowRankCompression: {error}") from error
+        self.loaders: dict[str, Any] = {role: arguments[role] for role in ROLES}
+        checks.check_arguments(loss=loss, score=score, weights=weights, dirpath=dirpath, loaders=self.loaders)
+        self.loss, self.score, self.weights = loss, score, weights
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.in_place, self.save, self.log_artifact, self.strict = in_place, save, log_artifact, strict
+        self.result: CompressionResult | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the module load compressed checkpoints, and before a fit check what can be checked.
+
+        Raises:
+            MisconfigurationException: if loaders, patterns, strategy, checkpoint callback or folder will not do.
+        """
+        from lrf_lightning.checkpoint import register_structure_hook
+
+        register_structure_hook(pl_module)
+        if stage != TrainerFn.FITTING:
+            return
+        checks.check_processes(trainer)
+        checks.check_layers(pl_module, self.settings)
+        if self.weights == "best":
+            checks.check_best_weights(trainer)
+        try:
+            check_loaders(trainer, pl_module, **self.loaders)
+        except ValueError as error:
+            raise MisconfigurationException(f"LowRankCompression: {error}") from error
+        if self.save and trainer.is_global_zero and self._keeps_files(trainer):
+            # loggers look whether their folder exists, so only a folder of ours is created ahead
+            checks.check_folder(self._directory(trainer), create=self.dirpath is not None)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compress a copy of the module, report, log and save; see the class."""
+        self.result = None
+        if trainer.interrupted:
+            logger.warning("The fit was interrupted; the model is not compressed.")
+            return
+        try:
+            self.result = self._solve(trainer, pl_module)
+        except Exception as error:
+            if self.strict:
+                raise
+            self._report_failure(trainer, error)
+            return
+        trainer.callback_metrics["compress/failed"] = torch.tensor(0.0)
+        folder = nullcontext(self._directory(trainer)) if self._keeps_files(trainer) else TemporaryDirectory()
+        with folder as directory:
+            self._publish(trainer, pl_module, self.result, Path(directory))
+
+    def _solve(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
+        device = trainer.strategy.root_device
+        bars = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with undisturbed(trainer), stage_progress(enabled=bars) as progress:
+            module = detached_copy(pl_module)
+            if self.weights == "best":
+                load_best_weights(trainer, module)
+            module.to(device)
+            loaders = resolve_loaders(trainer, pl_module, **self.loaders, seed=self.settings.seed)
+            for note in loaders.notes:
+                logger.info(note)
+            host = copy.deepcopy(module).eval()  # transfer hooks may use buffers and look at the training mode
+            batches = [
+                DeviceBatches(getattr(loaders, role), trainer, host, device, seed=self.settings.seed) for role in ROLES
+            ]
+            result = compress(
+                module,
+                StepLoss(trainer, score=self.score, loss=self.loss),
+                *batches,
+                device=device,
+                progress=progress,
+                **{f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)},
+            )
+            result.model.to(pl_module.device)
+        return result
+
+    def _replace_layers(self, pl_module: LightningModule, result: CompressionResult) -> None:
+        layers = {name: copy.deepcopy(result.model.get_submodule(name)) for name in result.ranks}
+        for name, layer in layers.items():
+            replace_module(pl_module, name, layer.train(pl_module.get_submodule(name).training))
+        if self.weights == "best":
+            pl_module.load_state_dict(result.model.state_dict())
+
+    def _publish(
+        self, trainer: Trainer, pl_module: LightningModule, result: CompressionResult, directory: Path
+    ) -> None:
+        """Report, save and log, each on its own, so that one failure does not cost the others."""
+        from lrf_lightning.checkpoint import lightning_checkpoint, save_compressed
+        from lrf_lightning.report import print_report
+        from lrf_lightning.tracking import log_solution
+
+        if self.in_place:
+            self._attempt("replace the layers of the live module", lambda: self._replace_layers(pl_module, result))
+        if trainer.is_global_zero:
+            self._attempt("print the report", lambda: print_report(result))
+        if self.save:
+            self._attempt("write the compressed model", lambda: save_compressed(result, directory))
+            self._attempt(
+                "write the Lightning checkpoint",
+                lambda: lightning_checkpoint(trainer, pl_module, result, directory / "compressed.ckpt"),
+            )
+        self._attempt("log the results", lambda: log_solution(trainer, result, directory))
+
+    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            if self.strict:
+                raise
+            logger.exception("Could not %s", what)
+            rank_zero_warn(
+                f"LowRankCompression could not {what} ({type(error).__name__}: {error}); "
+                "the compressed model is kept in the callback's attribute result"
+            )
+
+    def _report_failure(self, trainer: Trainer, error: Exception) -> None:
+        logger.error("Compression failed", exc_info=error)
+        rank_zero_warn(
+            f"LowRankCompression failed ({type(error).__name__}: {error}); "
+            "the trained model and its checkpoints are untouched"
+        )
+        trainer.callback_metrics["compress/failed"] = torch.tensor(1.0)
+
+    def _keeps_files(self, trainer: Trainer) -> bool:
+        """Like Lightning's own callbacks, leave no files behind in ``fast_dev_run`` unless a folder is asked for."""
+        return self.dirpath is not None or not getattr(trainer, "fast_dev_run", False)
+
+    def _directory(self, trainer: Trainer) -> Path:
+        return self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "compressed"

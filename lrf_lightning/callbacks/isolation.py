@@ -1,0 +1,117 @@
+"""Work on a copy of a LightningModule while the trainer, the flags of torch and all random states stay as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from lrf_lightning import random_state
+
+__all__ = ["UncompiledModule", "detached_copy", "undisturbed"]
+
+COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+
+class UncompiledModule(nn.Module):
+    """Stands in for the result of ``torch.compile`` in a copy, with the same names of parameters, and runs eagerly.
+
+    Hooks on layers are not seen by code that was compiled before they were set, and every candidate of the solver
+    would be compiled anew.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+        self.training = module.training
+
+    def __getattr__(self, name: str) -> Any:
+        """Look further in the module, as a compiled module does."""
+        if name == "_orig_mod":
+            return self._modules["_orig_mod"]
+        return getattr(self._orig_mod, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self._orig_mod(*args, **kwargs)
+
+
+def detached_copy(module: LightningModule) -> LightningModule:
+    """A deep copy without the trainer, in which nothing is compiled.
+
+    Tensors that hang on a graph (losses that a step has left in an attribute) are copied without it, since torch
+    refuses to copy them otherwise.
+    """
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for tensor in _graph_tensors(child.__dict__):
+            memo[id(tensor)] = tensor.detach().clone()
+    if module._compiler_ctx is not None:
+        memo[id(module._compiler_ctx)] = None
+    new = copy.deepcopy(module, memo)
+    new.trainer = None
+    if module._compiler_ctx is not None:
+        # these attributes would still call the original's compiled methods
+        for name in COMPILED_METHODS:
+            new.__dict__.pop(name, None)
+    for child in list(new.modules()):
+        child.__dict__.pop("_compiled_call_impl", None)
+        for name, grandchild in list(child._modules.items()):
+            if isinstance(grandchild, OptimizedModule):
+                child._modules[name] = UncompiledModule(grandchild._orig_mod)
+    return new
+
+
+@contextmanager
+def undisturbed(trainer: Trainer) -> Iterator[None]:
+    """Let code run that may draw random numbers, log through the trainer and set flags; undo all of it afterwards.
+
+    Meanwhile the trainer says that it validates, its loggers write nothing, gradients are enabled, and operations
+    without a deterministic version warn instead of raising.
+    """
+    stage, loggers, metrics = trainer.state.stage, trainer.loggers, dict(trainer.callback_metrics)
+    with random_state.preserved(), _preserved_flags(), torch.inference_mode(False), torch.enable_grad():
+        try:
+            trainer.loggers = [DummyLogger()] if loggers else []
+            trainer.state.stage = RunningStage.VALIDATING
+            if torch.are_deterministic_algorithms_enabled():
+                torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+        finally:
+            trainer.state.stage, trainer.loggers = stage, loggers
+            trainer.callback_metrics.clear()
+            trainer.callback_metrics.update(metrics)
+
+
+@contextmanager
+def _preserved_flags() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    choices, dtype = (cudnn.deterministic, cudnn.benchmark), torch.get_default_dtype()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        cudnn.deterministic, cudnn.benchmark = choices
+        torch.set_default_dtype(dtype)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+
+
+def _graph_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            yield value
+    elif depth and isinstance(value, (dict, list, tuple, set)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _graph_tensors(item, depth - 1)
