@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrf_lightning import random_state
+from lrf_lightning.batches import fixed_order, overlaps
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.joint import solve
 from lrf_lightning.solver.result import Solution
@@ -47,13 +52,15 @@ def compress(
 ) -> CompressionResult:
     """Make a trained model smaller without making it worse, and say how sure that is.
 
+    Random states, gradient mode and the model's flags are as they were on return.
+
     Args:
         model: any trained module; a copy of it is compressed, the model itself is not touched.
         loss: ``loss(model, batch)``, a Tensor of shape (batch,) with one loss per sample or () with the mean over the
             batch, or a :class:`~lrf_lightning.StepOutput` that also holds a score. It is called in evaluation mode.
-        calibration: batches for statistics, predictions and compensation. Like the other two, an iterable that can be
-            run through repeatedly and yields the same samples in the same order each time, such as a DataLoader
-            without shuffling. Best held out from training.
+        calibration: batches for statistics, predictions and compensation, best held out from training. Like the other
+            two, a DataLoader, whose order is drawn once; an iterator, which is read into memory; or any iterable that
+            yields the same samples in the same order each time it is run through.
         selection: batches on which the choice among candidates is made.
         verification: batches on which the verdict is reached; they take no part in the choice.
         device: where the work is done, by default where the model is.
@@ -64,18 +71,42 @@ def compress(
         The compressed model with its ranks, frontier, certificate and predictions.
 
     Raises:
-        TypeError: if a setting is unknown.
+        TypeError: if a setting is unknown, or ``model`` or ``loss`` is of the wrong kind.
         ValueError: if a setting is out of its range, a split is empty, the loss is no finite scalar or per-sample
             vector, weights are not finite, or the budget cannot be met.
     """
-    solution = solve(
-        model,
-        loss,
-        calibration,
-        selection,
-        verification,
-        settings=Settings(**settings),
-        device=None if device is None else torch.device(device),
-        progress=progress,
-    )
+    checked = _checked_settings(settings)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give the trained torch.nn.Module")
+    if not callable(loss):
+        raise TypeError(f"loss={loss!r} is no callable; give loss(model, batch) that returns a Tensor or a StepOutput")
+    given = {"calibration": calibration, "selection": selection, "verification": verification}
+    with random_state.preserved(), torch.inference_mode(False), torch.enable_grad():
+        splits = {role: _ordered(role, batches, checked.seed) for role, batches in given.items()}
+        for warning in overlaps(splits):
+            warnings.warn(warning, stacklevel=2)
+        solution = solve(
+            model,
+            loss,
+            **splits,
+            settings=checked,
+            device=None if device is None else torch.device(device),
+            progress=progress,
+        )
     return CompressionResult(**{f.name: getattr(solution, f.name) for f in dataclasses.fields(solution)})
+
+
+def _checked_settings(settings: dict[str, Any]) -> Settings:
+    names = [field.name for field in dataclasses.fields(Settings)]
+    for name in settings:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"compress has no setting {name!r}{hint}; settings are {', '.join(names)}")
+    return Settings(**settings)
+
+
+def _ordered(role: str, batches: Batches, seed: int) -> Batches:
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"{role} is a {type(batches).__name__}; give a DataLoader or an iterable of batches")
+    return fixed_order(batches, seed)

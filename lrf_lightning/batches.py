@@ -1,30 +1,22 @@
-"""Iterables of batches that yield the same samples in the same order on every pass, on the right device.
+"""Iterables of batches that yield the same samples in the same order on every pass, and what they have in common.
 
-Two models are compared in pairs, so repetition must be exact. The order of a DataLoader with indices is drawn once and
-kept as a list; random numbers used within samples, transfer hooks and steps are seeded anew for every batch; and what
-was loaded is stored in memory while it is small, which also saves decoding it dozens of times.
+Two models are compared in pairs, so repetition must be exact: the order of a DataLoader with indices is drawn once and
+kept as a list. Only torch is needed here; see :mod:`lrf_lightning.device_batches` for what a Trainer adds.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from lrf_lightning.random_state import preserved, seed_all, seeded
+from lrf_lightning.random_state import seeded
 
-__all__ = ["DeviceBatches", "EveryNth", "FirstBatches", "fixed_order", "rebuilt", "sample_identities"]
+__all__ = ["EveryNth", "FirstBatches", "fixed_order", "overlaps", "rebuilt", "sample_identities"]
 
-CACHE_BYTES = 2**29
 PARTS = 10  # a source without indices is told apart in this many interleaved parts
-_END = object()
 
 
 class FirstBatches:
@@ -53,88 +45,6 @@ class EveryNth:
     def __len__(self) -> int:
         whole, rest = divmod(len(self.batches), self.period)  # type: ignore[arg-type]  # TypeError says: unknown
         return whole * len(self.turns) + sum(turn < rest for turn in self.turns)
-
-
-class DeviceBatches:
-    """Batches on a device, exactly repeatable.
-
-    The hooks ``on_before_batch_transfer``, ``transfer_batch_to_device`` and ``on_after_batch_transfer`` of the
-    datamodule, or else of the module, run as they do in validation. Before a batch is loaded, and again before it is
-    handed out, the global generators are seeded with the batch's number; they are restored at the end of the pass.
-
-    Args:
-        batches: an iterable that can be run through repeatedly.
-        trainer: its datamodule's hooks and its precision are used.
-        module: the copy of the module whose hooks are used where the datamodule has none; on ``device``.
-        device: where the batches go.
-        seed: seed of the first batch.
-        cache_bytes: batches are stored in memory, before the transfer, while they all fit into this.
-    """
-
-    def __init__(
-        self,
-        batches: Iterable[Any],
-        trainer: Trainer,
-        module: LightningModule,
-        device: torch.device,
-        *,
-        seed: int = 0,
-        cache_bytes: int = CACHE_BYTES,
-    ) -> None:
-        self.batches, self.trainer, self.module, self.device = batches, trainer, module, device
-        self.seed, self.cache_bytes = seed, cache_bytes
-        self._stored: list[Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]  # TypeError says: unknown
-
-    def __iter__(self) -> Iterator[Any]:
-        with preserved():
-            source: Iterator[Any] | None = None
-            for index in itertools.count():
-                seed_all(self.seed + index)
-                source = source or self._source()
-                batch = next(source, _END)
-                if batch is _END:
-                    return
-                batch = self._moved(batch)
-                # a stored batch takes no random numbers, a loaded one may: let both leave the same state behind
-                seed_all(self.seed + index)
-                yield batch
-
-    def _source(self) -> Iterator[Any]:
-        if self._stored is not None:
-            # a step may change its batch in place
-            return (copy.deepcopy(batch) for batch in self._stored)
-        return self._storing()
-
-    def _storing(self) -> Iterator[Any]:
-        kept: list[Any] | None = []
-        room = self.cache_bytes
-        for batch in self.batches:
-            if kept is not None:
-                size = _bytes(batch)
-                room -= self.cache_bytes + 1 if size is None else size
-                kept = [*kept, copy.deepcopy(batch)] if room >= 0 else None
-            yield batch
-        self._stored = kept
-
-    def _moved(self, batch: Any) -> Any:
-        before = self.module._trainer
-        self.module.trainer = self.trainer
-        try:
-            batch = self.trainer.precision_plugin.convert_input(batch)
-            batch = self._hook("on_before_batch_transfer")(batch, 0)
-            batch = self._hook("transfer_batch_to_device")(batch, self.device, 0)
-            return self._hook("on_after_batch_transfer")(batch, 0)
-        finally:
-            self.module.trainer = before
-
-    def _hook(self, name: str) -> Callable[..., Any]:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else self.module
-        hook: Callable[..., Any] = getattr(owner, name)
-        return hook
 
 
 def fixed_order(loader: Iterable[Any], seed: int) -> Iterable[Any]:
@@ -191,6 +101,26 @@ def sample_identities(loader: Iterable[Any]) -> frozenset[Hashable]:
     return frozenset((_source_key(loader), turn) for turn in range(PARTS))
 
 
+def overlaps(loaders: Mapping[str, Iterable[Any]]) -> list[str]:
+    """One sentence for every two splits that share data; the keys are calibration, selection and verification."""
+    identities = {role: sample_identities(loader) for role, loader in loaders.items()}
+    warnings = []
+    for first, second in (("selection", "verification"), ("calibration", "verification"), ("calibration", "selection")):
+        shared = len(identities[first] & identities[second])
+        if not shared:
+            continue
+        consequence = (
+            "the verdict is not independent of the choice"
+            if (first, second) == ("selection", "verification")
+            else f"what is measured on {second} is not independent of the data that the factors were fitted to"
+        )
+        warnings.append(
+            f"{first} and {second} share data ({shared} of {len(identities[second])} samples or batches of {second}): "
+            f"{consequence}. Give them disjoint data"
+        )
+    return warnings
+
+
 def _drawn(loader: DataLoader[Any], seed: int) -> list[Any]:
     samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     generators = {id(g): g for g in (getattr(s, "generator", None) for s in samplers) if g is not None}
@@ -210,6 +140,8 @@ def _source_key(source: Iterable[Any]) -> Hashable:
 
 
 def _identities(dataset: Dataset[Any], indices: Sequence[Any]) -> frozenset[Hashable]:
+    # without automatic batching an index may be a list of them
+    indices = [item for index in indices for item in (index if isinstance(index, list) else [index])]
     while isinstance(dataset, Subset):
         indices = [dataset.indices[index] for index in indices]
         dataset = dataset.dataset
@@ -218,20 +150,3 @@ def _identities(dataset: Dataset[Any], indices: Sequence[Any]) -> frozenset[Hash
         start, step = rows.data_ptr(), rows.stride(0) * rows.element_size()
         return frozenset(("row", start + int(index) * step) for index in indices)
     return frozenset((id(dataset), index) for index in indices)
-
-
-def _bytes(batch: Any) -> int | None:
-    """Size of a batch's tensors, None if it holds anything of unknown size."""
-    if isinstance(batch, Tensor):
-        return batch.numel() * batch.element_size()
-    if isinstance(batch, (str, bytes, int, float, bool, type(None))):
-        return 64
-    if not isinstance(batch, (Mapping, list, tuple)):
-        return None
-    total = 0
-    for item in batch.values() if isinstance(batch, Mapping) else batch:
-        size = _bytes(item)
-        if size is None:
-            return None
-        total += size
-    return total

@@ -10,7 +10,7 @@ Each of the three splits is taken from the first of
 
 Two models are compared sample by sample, so every pass must see the same samples in the same order. The order of a
 DataLoader is drawn once, with the seed, and kept; an iterator that can be run through once is stored.
-:mod:`lrf_lightning.batches` takes care of random numbers within the samples, and moves the batches.
+:mod:`lrf_lightning.device_batches` takes care of random numbers within the samples, and moves the batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
-from lrf_lightning.batches import EveryNth, FirstBatches, fixed_order, rebuilt, sample_identities
+from lrf_lightning.batches import EveryNth, FirstBatches, fixed_order, overlaps, rebuilt
 from lrf_lightning.random_state import seeded
 from lrf_lightning.solver.evaluation import Batches
 
@@ -64,6 +64,9 @@ class Loaders:
 def check_loaders(trainer: Trainer, module: LightningModule, **choices: Batches | str | None) -> None:
     """Find mistakes that can be known before training; the arguments are those of :func:`resolve_loaders`.
 
+    Warns if selection and verification are the same loader. Other overlaps are found later, since samplers are not
+    asked for their order before training.
+
     Raises:
         ValueError: if a name is unknown, a split has no source at all, or a loader of known length is empty.
     """
@@ -75,6 +78,11 @@ def check_loaders(trainer: Trainer, module: LightningModule, **choices: Batches 
             _check_length(role, choice)
         elif _owner(trainer, module, f"{role}_dataloader") is None and not _has_validation(trainer):
             raise _missing(role)
+    if choices.get("selection") is not None and choices["selection"] == choices.get("verification"):
+        rank_zero_warn(
+            f"selection and verification are the same loader ({choices['selection']!r}): the verdict will not be "
+            "independent of the choice. Give them disjoint data"
+        )
 
 
 def resolve_loaders(
@@ -89,7 +97,8 @@ def resolve_loaders(
     """Find the three loaders; see the module's docstring for the order of the sources.
 
     Overlaps between the splits are warned about, because the verdict is then not independent of the choice. With
-    ``fast_dev_run`` every split is cut to a few batches; ``limit_val_batches`` only limits data without a length.
+    ``fast_dev_run`` every split is cut to a few batches; ``limit_val_batches`` limits the validation data that is
+    split, unless it is 0.
 
     Args:
         trainer: the trainer whose validation data may be split.
@@ -119,7 +128,7 @@ def resolve_loaders(
             found = {role: FirstBatches(loader, count) for role, loader in found.items()}
         for role in ROLES:
             _check_not_empty(role, found[role])
-    warnings = _overlaps(found)
+    warnings = overlaps(found)
     for warning in warnings:
         rank_zero_warn(warning)
     return Loaders(**found, notes=(*notes, *warnings))
@@ -207,18 +216,33 @@ def _split(trainer: Trainer, roles: Sequence[str], seed: int, notes: list[str]) 
     loader = _first_loader(loaders, "the split of the validation data", notes, collection=True)
     loader = fixed_order(loader, seed)
     notes.append(f"{', '.join(roles).capitalize()}: disjoint parts of the validation data.")
+    count = _limit(trainer, loader)
+    if count is not None:
+        notes.append(
+            f"Of the validation data {count} batches are used (limit_val_batches={trainer.limit_val_batches})."
+        )
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        return _split_samples(loader, roles, seed)
-    limit = trainer.limit_val_batches
-    if isinstance(limit, int) and limit > 0 and not isinstance(loader, Sequence) and _length(loader) is None:
-        loader = FirstBatches(loader, limit)
+        return _split_samples(loader, roles, seed, count)
+    if count is not None:
+        loader = FirstBatches(loader, max(count, len(roles)))
     pattern = _pattern(roles)
     return {role: EveryNth(loader, pattern, role) for role in roles}
 
 
-def _split_samples(loader: DataLoader[Any], roles: Sequence[str], seed: int) -> dict[str, Batches]:
-    sampled = loader.sampler if loader.batch_sampler is None else itertools.chain.from_iterable(loader.batch_sampler)
-    samples = list(dict.fromkeys(sampled))
+def _limit(trainer: Trainer, loader: Any) -> int | None:
+    """Number of validation batches that the trainer allows; None for all, also where validation is switched off."""
+    limit, length = trainer.limit_val_batches, _length(loader)
+    if getattr(trainer, "fast_dev_run", False) or not limit:  # fast_dev_run cuts every split by itself
+        return None
+    if isinstance(limit, int):
+        return limit if length is None or limit < length else None
+    return None if length is None or limit == 1.0 else max(int(length * limit), 1)
+
+
+def _split_samples(loader: DataLoader[Any], roles: Sequence[str], seed: int, count: int | None) -> dict[str, Batches]:
+    batches = itertools.islice(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, count)
+    sampled = batches if loader.batch_sampler is None else itertools.chain.from_iterable(batches)
+    samples = list({tuple(index) if isinstance(index, list) else index: index for index in sampled}.values())
     if len(samples) < len(roles):
         raise ValueError(
             f"the validation data has {len(samples)} samples, too few to be split into {', '.join(roles)}; "
@@ -246,25 +270,6 @@ def _pattern(roles: Sequence[str]) -> tuple[str, ...]:
     """Whose turn it is among ten batches, interleaved: c s v c s v c s v c."""
     turns = [[role] * SHARES[role] for role in roles]
     return tuple(role for turn in itertools.zip_longest(*turns) for role in turn if role is not None)
-
-
-def _overlaps(loaders: Mapping[str, Batches]) -> list[str]:
-    identities = {role: sample_identities(loader) for role, loader in loaders.items()}
-    warnings = []
-    for first, second in (("selection", "verification"), ("calibration", "verification"), ("calibration", "selection")):
-        shared = len(identities[first] & identities[second])
-        if not shared:
-            continue
-        consequence = (
-            "the verdict is not independent of the choice"
-            if (first, second) == ("selection", "verification")
-            else f"what is measured on {second} is not independent of the data that the factors were fitted to"
-        )
-        warnings.append(
-            f"{first} and {second} share data ({shared} of {len(identities[second])} samples or batches of {second}): "
-            f"{consequence}. Give them disjoint data"
-        )
-    return warnings
 
 
 def _length(loader: Any) -> int | None:

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lrf_lightning.api import compress
-from lrf_lightning.batches import DeviceBatches
 from lrf_lightning.callbacks import checks
 from lrf_lightning.callbacks.best_weights import load_best_weights
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
+from lrf_lightning.device_batches import DeviceBatches
 from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.solver.evaluation import Batches, LossFunction
@@ -162,6 +163,7 @@ class LowRankCompression(Callback):
         register_structure_hook(pl_module)
         if stage != TrainerFn.FITTING:
             return
+        self.result = None
         checks.check_processes(trainer)
         checks.check_layers(pl_module, self.settings)
         if self.weights == "best":
@@ -170,19 +172,20 @@ class LowRankCompression(Callback):
             check_loaders(trainer, pl_module, **self.loaders)
         except ValueError as error:
             raise MisconfigurationException(f"LowRankCompression: {error}") from error
+        directory = self._directory(trainer)  # asks all processes
         if self.save and trainer.is_global_zero and self._keeps_files(trainer):
             # loggers look whether their folder exists, so only a folder of ours is created ahead
-            checks.check_folder(self._directory(trainer), create=self.dirpath is not None)
+            checks.check_folder(directory, create=self.dirpath is not None)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress a copy of the module, report, log and save; see the class."""
-        self.result = None
-        if trainer.interrupted:
-            logger.warning("The fit was interrupted; the model is not compressed.")
-            return
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, RichProgressBar):
+            bar.teardown(trainer, pl_module, stage="fit")  # it draws until then, and two cannot draw at a time
         try:
             self.result = self._solve(trainer, pl_module)
-        except Exception as error:
+        # Lightning ends the process on a KeyboardInterrupt, and with it a model that may not have been saved
+        except (Exception, KeyboardInterrupt) as error:
             if self.strict:
                 raise
             self._report_failure(trainer, error)
@@ -219,11 +222,18 @@ class LowRankCompression(Callback):
         return result
 
     def _replace_layers(self, pl_module: LightningModule, result: CompressionResult) -> None:
+        """Put copies of the low-rank layers into the live module, all of them or none."""
         layers = {name: copy.deepcopy(result.model.get_submodule(name)) for name in result.ranks}
-        for name, layer in layers.items():
-            replace_module(pl_module, name, layer.train(pl_module.get_submodule(name).training))
-        if self.weights == "best":
-            pl_module.load_state_dict(result.model.state_dict())
+        dense = {name: pl_module.get_submodule(name) for name in layers}
+        try:
+            for name, layer in layers.items():
+                replace_module(pl_module, name, layer.train(dense[name].training))
+            if self.weights == "best":
+                pl_module.load_state_dict(result.model.state_dict())
+        except BaseException:
+            for name, layer in dense.items():
+                replace_module(pl_module, name, layer)
+            raise
 
     def _publish(
         self, trainer: Trainer, pl_module: LightningModule, result: CompressionResult, directory: Path
@@ -248,21 +258,19 @@ class LowRankCompression(Callback):
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if self.strict:
                 raise
-            logger.exception("Could not %s", what)
+            logger.error("Could not %s", what, exc_info=error)
             rank_zero_warn(
                 f"LowRankCompression could not {what} ({type(error).__name__}: {error}); "
                 "the compressed model is kept in the callback's attribute result"
             )
 
-    def _report_failure(self, trainer: Trainer, error: Exception) -> None:
+    def _report_failure(self, trainer: Trainer, error: BaseException) -> None:
         logger.error("Compression failed", exc_info=error)
-        rank_zero_warn(
-            f"LowRankCompression failed ({type(error).__name__}: {error}); "
-            "the trained model and its checkpoints are untouched"
-        )
+        how = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({type(error).__name__}: {error})"
+        rank_zero_warn(f"LowRankCompression {how}; the trained model and its checkpoints are untouched")
         trainer.callback_metrics["compress/failed"] = torch.tensor(1.0)
 
     def _keeps_files(self, trainer: Trainer) -> bool:

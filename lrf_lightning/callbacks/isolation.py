@@ -36,7 +36,9 @@ class UncompiledModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Look further in the module, as a compiled module does."""
         if name == "_orig_mod":
-            return self._modules["_orig_mod"]
+            return self.__dict__["_modules"]["_orig_mod"]
+        if name.startswith("__"):  # a copy made by the inner module's own __deepcopy__ would lose this one
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._orig_mod, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,8 @@ batches instead of samples. Means are taken in float64.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,6 +151,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        moved = copy.copy(batch)
+        for item in dataclasses.fields(batch):
+            # the way around __init__ and frozen
+            object.__setattr__(moved, item.name, to_device(getattr(batch, item.name), device))
+        return moved
     return batch
 
 
@@ -173,6 +181,9 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, (list, tuple)):
         for value in batch:
             yield from _tensors(value)
+    elif dataclasses.is_dataclass(batch):
+        for item in dataclasses.fields(batch):
+            yield from _tensors(getattr(batch, item.name))
 
 
 def _to_cpu(output: StepOutput, keep_logits: bool) -> StepOutput:
