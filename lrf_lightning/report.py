@@ -1,0 +1,203 @@
+"""The report of a result for people: layers, frontier and verdict, on the terminal or in a file.
+
+Only ASCII is written besides the frames of the tables, for which rich has a fallback, so that the report can be piped
+anywhere. Below 100 columns counts are abbreviated, and long names are folded, never cut.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lrf_lightning.solver.result import LayerResult, Solution
+from lrf_lightning.summary import factorized_params
+from lrf_lightning.tables import Row, frontier_rows, share
+from lrf_lightning.verdict import decimals, score_name, signed, temperature_sentence, verdict_sentence
+
+__all__ = ["print_report"]
+
+WIDE = 100
+# more rows than fit a few screens are read from layers.csv
+MOST_LAYERS, MOST_NAMES = 80, 4
+
+
+def print_report(result: Solution, *, console: Console | None = None) -> None:
+    """Print one table of the layers, one of the frontier, and the verdict in one sentence.
+
+    Args:
+        result: what the solver found.
+        console: where to print; standard output by default.
+    """
+    # names of modules and messages may hold brackets, which are no markup
+    console = console or Console(markup=False, emoji=False, highlight=False)
+    settings = result.settings
+    console.print()
+    console.rule(f"Low-rank compression: objective={settings.objective}, metric={settings.metric}", characters="-")
+    if any(layer.curve is not None for layer in result.layers):
+        console.print(_layers_table(result, wide=console.width >= WIDE))
+    for line in _left_alone(result):
+        _say(console, line)
+    if result.frontier:
+        console.print(_frontier_table(result, wide=console.width >= WIDE))
+        _say(console, _frontier_note(result))
+    console.print()
+    console.print(verdict_sentence(result), style="bold", markup=False, emoji=False, highlight=False)
+    for line in (_choice(result), temperature_sentence(result.certificate), _time(result)):
+        _say(console, line)
+    console.print()
+
+
+def _say(console: Console, line: str) -> None:
+    if line:
+        console.print(line, markup=False, emoji=False, highlight=False)
+
+
+def _table(title: str, *, wide: bool) -> Table:
+    padding = (0, 1 if wide else 0, 0, 0)
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, title_justify="left")
+
+
+def _layers_table(result: Solution, *, wide: bool) -> Table:
+    layers = [layer for layer in result.layers if layer.curve is not None]
+    table = _table(f"Layers: {len(result.ranks)} of {len(layers)} factorizable ones are factorized", wide=wide)
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    for heading in ("rank", "params\nbefore", "params\nafter", "predicted\nchange", "std.\nerror"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    places = _places(result) + 1
+    shown = _largest_savings(layers)
+    for layer in shown:
+        table.add_row(
+            *map(_escape, (layer.name or "(the model)", layer.kind)),
+            "x".join(map(str, layer.shape)),
+            f"dense/{layer.full_rank}" if layer.rank is None else f"{layer.rank}/{layer.full_rank}",
+            _count(layer.params_before, wide),
+            _count(layer.params_after, wide),
+            _optional(layer.predicted_change, places),
+            "" if layer.predicted_error is None else _unsigned(layer.predicted_error, places),
+        )
+    if len(shown) < len(layers):
+        table.add_row(f"... and {len(layers) - len(shown)} more")
+    table.add_section()
+    for label, (before, after) in (
+        (f"factorized ({len(result.ranks)})", factorized_params(result)),
+        (f"factorizable ({len(layers)})", result.params_layers),
+        ("whole model", result.params_model),
+    ):
+        fewer = "" if not before else f"{100 * (after / before - 1):+.1f} %"
+        table.add_row(label, "", "", "", _count(before, wide), _count(after, wide), fewer)
+    return table
+
+
+def _largest_savings(layers: list[LayerResult]) -> list[LayerResult]:
+    """The layers that save most, in the order of the model."""
+    ranked = sorted(layers, key=lambda layer: layer.params_after - layer.params_before)[:MOST_LAYERS]
+    chosen = {layer.name for layer in ranked}
+    return [layer for layer in layers if layer.name in chosen]
+
+
+def _left_alone(result: Solution) -> list[str]:
+    """One line per reason, with the first names and the number of parameters."""
+    groups: dict[str, list[LayerResult]] = defaultdict(list)
+    for layer in result.layers:
+        if layer.curve is None:
+            groups[layer.reason or "no reason given"].append(layer)
+    lines = []
+    for reason, layers in groups.items():
+        names = ", ".join(layer.name or "(the model)" for layer in layers[:MOST_NAMES])
+        more = f" and {len(layers) - MOST_NAMES} more" if len(layers) > MOST_NAMES else ""
+        params = sum(layer.params_before for layer in layers)
+        lines.append(f"Left alone ({params:,} parameters): {names}{more}: {reason}")
+    return lines
+
+
+def _frontier_table(result: Solution, *, wide: bool) -> Table:
+    split = f"{result.dense.samples:,} selection samples"
+    table = _table(f"Frontier: measured on {split}, > is the chosen one", wide=wide)
+    table.add_column("", no_wrap=True)
+    scored = result.dense.score is not None
+    headings = ["params", "model\nkept %", "layers\nkept %", "predicted\nchange", "loss", "loss\nchange", "std.\nerror"]
+    name = score_name(result)
+    headings += [name, f"{name}\nchange", "std.\nerror"] if scored else []
+    for heading in headings:
+        table.add_column(_escape(heading), justify="right", no_wrap=True)
+    places = _places(result)
+    for row in frontier_rows(result):
+        cells = [
+            ">" if row["chosen"] else "",
+            _count(row["params_model"], wide),
+            _percent(row["params_model_kept"]),
+            _percent(row["params_layers_kept"]),
+            signed(row["predicted_change"], places) + ("" if row["within_range"] else "*"),
+            _unsigned(row["loss"], places),
+            *_change_cells(row, "loss", places),
+        ]
+        if scored:
+            score = row["score"]
+            cells += ["" if score is None else _unsigned(score, places), *_change_cells(row, "score", places)]
+        table.add_row(*cells)
+    return table
+
+
+def _frontier_note(result: Solution) -> str:
+    outside = any(not point.within_range for point in result.frontier)
+    return "* some rank lies outside the range in which predictions were found to hold" if outside else ""
+
+
+def _change_cells(row: Row, name: str, places: int) -> tuple[str, str]:
+    change, error = row[f"{name}_change"], row[f"{name}_change_error"]
+    return _optional(change, places), "" if error is None else _unsigned(error, places)
+
+
+def _choice(result: Solution) -> str:
+    """How the point was chosen; an unchanged model's verdict says so itself."""
+    if not result.ranks:
+        return ""
+    before, after = result.flops_layers
+    kept = share(after, before)
+    flops = "" if kept is None else f" Multiply-adds of the factorizable layers: {100 * (kept - 1):+.1f} %."
+    return f"Choice: {result.message}{flops}"
+
+
+def _time(result: Solution) -> str:
+    splits = ", ".join(f"{count:,} {split}" for split, count in result.samples.items())
+    seconds = result.seconds.get("total")
+    took = "" if seconds is None else f"Solved in {seconds:.1f} s"
+    return f"{took or 'Solved'} on {splits} samples." if splits else f"{took}." if took else ""
+
+
+def _places(result: Solution) -> int:
+    certificate = result.certificate
+    return decimals(0.005 if certificate is None else certificate.loss_margin)
+
+
+def _optional(value: float | None, places: int) -> str:
+    return "" if value is None else signed(value, places)
+
+
+def _unsigned(value: float, places: int) -> str:
+    return f"{value:.{places}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _count(number: int, wide: bool) -> str:
+    """All digits on a wide console, else three of them and a unit."""
+    if wide or number < 10_000:
+        return f"{number:,}"
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            digits = number / size
+            return f"{digits:.{max(0, 2 - len(str(int(digits))) + 1)}f}{unit}"
+    return str(number)
+
+
+def _escape(text: str) -> str:
+    """Cells of a table are markup for any console that was handed in."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,105 @@
+"""The figures of a result under stable names, as one flat dictionary of numbers.
+
+The names are those of W&B's run summary, of ``trainer.callback_metrics`` and of every other logger:
+
+========================================  ==============================================================================
+``compress/params_model_before``          parameters of the whole model; ``_after``; ``_kept`` is their ratio
+``compress/params_layers_before``         weight entries of the factorizable layers; ``_after``; ``_kept``
+``compress/params_factorized_before``     weight entries of the layers that were factorized; ``_after``; ``_kept``
+``compress/flops_layers_before``          multiply-adds per sample of the factorizable layers; ``_after``; ``_kept``
+``compress/layers_factorized``            number of layers that are factorized, ``layers_dense`` of factorizable layers
+                                          that stay dense, ``layers_left_alone`` of layers that cannot be factorized
+``compress/loss_dense``                   loss on the verification split; ``loss_compressed``
+``compress/loss_change``                  compressed minus dense, in the loss's unit; ``_error`` is its standard error,
+                                          ``_lower`` and ``_upper`` its one-sided bounds at ``compress/confidence``
+``compress/loss_margin``                  largest increase that counts as not worse
+``compress/loss_dense_scaled``            loss of the original at its best ``compress/temperature``, for classifiers;
+                                          ``loss_compressed_scaled`` is the compressed model's at its own best one
+``compress/score_dense``                  score on the verification split; ``score_compressed``
+``compress/score_change``                 as for the loss, larger is better; ``_error``, ``_lower``, ``_upper``
+``compress/score_margin``                 largest fall that counts as not worse
+``compress/not_worse``                    1 if the verdict is ``better`` or ``not worse``, 0 otherwise
+``compress/unchanged``                    1 if nothing was compressed, 0 otherwise
+``compress/samples_needed``               samples that would be expected to decide an inconclusive verdict
+``compress/samples_verification``         samples of that split; ``samples_selection``, ``samples_calibration``
+``compress/solve_seconds``                wall-clock seconds of the whole solve
+``compress/seconds/<stage>``              wall-clock seconds of one stage, such as ``compress/seconds/statistics``
+========================================  ==============================================================================
+
+A figure that is not known is missing; one that is not finite stays as it is.
+"""
+
+from __future__ import annotations
+
+from lrf_lightning.solver.result import Certificate, Interval, Solution
+from lrf_lightning.tables import share
+
+__all__ = ["HOLDS", "PREFIX", "factorized_params", "summary"]
+
+PREFIX = "compress/"
+HOLDS = ("better", "not worse")
+
+
+def summary(result: Solution) -> dict[str, float]:
+    """All figures of a result under the names of this module's table."""
+    figures: dict[str, float | None] = {}
+    pairs = {
+        "params_model": result.params_model,
+        "params_layers": result.params_layers,
+        "params_factorized": factorized_params(result),
+        "flops_layers": result.flops_layers if result.flops_layers[0] else (None, None),
+    }
+    for name, (before, after) in pairs.items():
+        figures |= {f"{name}_before": before, f"{name}_after": after}
+        figures[f"{name}_kept"] = None if before is None or after is None else share(after, before)
+    factorizable = [layer for layer in result.layers if layer.curve is not None]
+    figures["layers_factorized"] = len(result.ranks)
+    figures["layers_dense"] = sum(layer.rank is None for layer in factorizable)
+    figures["layers_left_alone"] = len(result.layers) - len(factorizable)
+    figures |= _verdict_figures(result.certificate)
+    figures |= {f"samples_{split}": count for split, count in result.samples.items()}
+    figures |= {_stage_name(stage): seconds for stage, seconds in result.seconds.items()}
+    return {PREFIX + name: float(value) for name, value in figures.items() if value is not None}
+
+
+def factorized_params(result: Solution) -> tuple[int, int]:
+    """Weight entries of the layers that were factorized, before and after."""
+    chosen = [layer for layer in result.layers if layer.rank is not None]
+    return sum(layer.params_before for layer in chosen), sum(layer.params_after for layer in chosen)
+
+
+def _stage_name(stage: str) -> str:
+    return "solve_seconds" if stage == "total" else f"seconds/{stage.replace(' ', '_')}"
+
+
+def _verdict_figures(certificate: Certificate | None) -> dict[str, float | None]:
+    if certificate is None:
+        return {}
+    return {
+        "loss_dense": certificate.dense.loss,
+        "loss_compressed": certificate.compressed.loss,
+        **_interval_figures("loss_change", certificate.loss_change),
+        "loss_margin": certificate.loss_margin,
+        "loss_dense_scaled": certificate.scaled_dense_loss,
+        "loss_compressed_scaled": certificate.scaled_compressed_loss,
+        "temperature": certificate.temperature,
+        "score_dense": certificate.dense.score,
+        "score_compressed": certificate.compressed.score,
+        **_interval_figures("score_change", certificate.score_change),
+        "score_margin": None if certificate.score_change is None else certificate.score_margin,
+        "confidence": certificate.confidence,
+        "not_worse": float(certificate.verdict in HOLDS),
+        "unchanged": float(certificate.verdict == "unchanged"),
+        "samples_needed": certificate.samples_needed,
+    }
+
+
+def _interval_figures(name: str, interval: Interval | None) -> dict[str, float | None]:
+    if interval is None:
+        return {}
+    return {
+        name: interval.mean,
+        f"{name}_error": interval.standard_error,
+        f"{name}_lower": interval.lower,
+        f"{name}_upper": interval.upper,
+    }
