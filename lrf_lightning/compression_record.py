@@ -1,0 +1,155 @@
+"""The record that travels with a compressed model: plain JSON, versioned.
+
+Numbers that JSON does not know are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which Python's
+``float`` understands. Predicted curves are thinned to at most 64 ranks per layer and six digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lrf_lightning.solver.result import LayerCurve, LayerResult, Solution
+
+__all__ = ["FORMAT_VERSION", "CheckpointError", "check_record", "describe", "parse_record", "to_json"]
+
+FORMAT_VERSION = 1
+CURVE_POINTS = 64
+CURVE_LISTS = ("ranks", "first_order", "standard_error", "curvature", "predicted", "perturbation", "allowed")
+
+
+class CheckpointError(ValueError):
+    """A file of a compressed model cannot be used; the message says which and why."""
+
+
+def describe(solution: Solution) -> dict[str, Any]:
+    """Everything about a solution but its weights, in plain containers.
+
+    Returns:
+        ``format_version``, ``library_version``, ``ranks`` by name, ``factorized`` (kind, shape of the dense weight and
+        rank by name), ``layers``, ``frontier``, ``dense`` (on the selection split), ``certificate``, ``settings``,
+        ``params_model``, ``params_layers`` and ``flops_layers`` (before and after), ``message``, ``seconds`` and
+        ``samples``.
+    """
+    from lrf_lightning import __version__
+
+    plain = {
+        field.name: _plain(getattr(solution, field.name))
+        for field in dataclasses.fields(solution)
+        if field.name not in ("model", "layers")
+    }
+    factorized = {
+        layer.name: {"kind": layer.kind, "shape": list(layer.shape), "rank": int(solution.ranks[layer.name])}
+        for layer in solution.layers
+        if layer.name in solution.ranks
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        **plain,
+        "factorized": factorized,
+        "layers": [_layer(layer) for layer in solution.layers],
+    }
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """Valid JSON of a plain record."""
+    return json.dumps(_finite(record), allow_nan=False, indent=1)
+
+
+def parse_record(text: str, source: str) -> dict[str, Any]:
+    """Read a record and check that this version of the library can use it.
+
+    Args:
+        text: JSON.
+        source: name of the file, for messages.
+
+    Raises:
+        CheckpointError: if the text is no record, or one of a future version.
+    """
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{source} holds no readable description of a compressed model: {error}") from error
+    return check_record(record, source)
+
+
+def check_record(record: Any, source: str) -> dict[str, Any]:
+    """Check that a record belongs to this library and to a version that it knows.
+
+    Raises:
+        CheckpointError: if it does not.
+    """
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{source} was not written by lrf_lightning: its description is no JSON object")
+    version = record.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CheckpointError(f"{source} was not written by lrf_lightning: its description has no format_version")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source} has format version {version}, written by lrf_lightning "
+            f"{record.get('library_version', 'of an unknown version')}; this version reads up to {FORMAT_VERSION}. "
+            "Update lrf_lightning"
+        )
+    ranks = record.get("ranks")
+    if not isinstance(ranks, dict) or not all(isinstance(rank, int) and rank > 0 for rank in ranks.values()):
+        raise CheckpointError(f"{source} is damaged: ranks={ranks!r} is no map from names to whole numbers above 0")
+    if not isinstance(record.get("weights_hash"), str) or not isinstance(record.get("factorized"), dict):
+        raise CheckpointError(f"{source} is damaged: its description lacks weights_hash or factorized")
+    return record
+
+
+def _layer(layer: LayerResult) -> dict[str, Any]:
+    fields = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer) if f.name != "curve"}
+    plain: dict[str, Any] = _plain(fields)
+    plain["curve"] = None if layer.curve is None else _thinned(layer.curve)
+    return plain
+
+
+def _thinned(curve: LayerCurve) -> dict[str, Any]:
+    """The curve at evenly spaced ranks, the last one included; singular value i is that of component ranks[i]."""
+    count = len(curve.ranks)
+    step = max(1, math.ceil(count / CURVE_POINTS))
+    kept = sorted({*range(0, count, step), *([count - 1] if count else [])})
+    thinned = {name: [_rounded(getattr(curve, name)[i]) for i in kept] for name in CURVE_LISTS}
+    values = curve.singular_values
+    thinned["singular_values"] = [_rounded(values[curve.ranks[i] - 1]) for i in kept if curve.ranks[i] <= len(values)]
+    thinned["probes"] = _plain(curve.probes)
+    return thinned
+
+
+def _rounded(value: Any) -> Any:
+    value = _plain(value)
+    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """Records, numbers of NumPy and torch and nested containers as what JSON has, but for non-finite floats."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,0 +1,84 @@
+"""Carry the state of optimizers, such as moments, over to the training of the compressed model.
+
+Optimizers are built anew for the compressed model. What they knew about parameters that the compression did not touch
+is kept in the checkpoint by name and given back; factors start without a state.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["OPTIMIZERS_KEY", "collect_optimizer_states", "restore_optimizer_states"]
+
+OPTIMIZERS_KEY = "lrf_lightning_optimizers"
+
+
+def collect_optimizer_states(trainer: Trainer, module: LightningModule, compressed: nn.Module) -> list[dict[str, Any]]:
+    """The state of every optimizer for the parameters whose name, shape and value the compressed model still has.
+
+    Args:
+        trainer: its optimizers hold parameters of ``module``.
+        module: the module that was trained.
+        compressed: the compressed copy of it.
+
+    Returns:
+        Per optimizer ``{"optimizer": class name, "state": {parameter name: its state}}``, tensors on the CPU. A state
+        that is not made of tensors and numbers per parameter (L-BFGS) is left out.
+    """
+    left = dict(compressed.named_parameters())
+    names = {
+        id(parameter): name for name, parameter in module.named_parameters() if _untouched(parameter, left.get(name))
+    }
+    return [
+        {
+            "optimizer": type(optimizer).__name__,
+            "state": {
+                names[id(parameter)]: {key: _stored(value) for key, value in state.items()}
+                for parameter, state in optimizer.state.items()
+                if id(parameter) in names and all(isinstance(v, (Tensor, int, float)) for v in state.values())
+            },
+        }
+        for optimizer in trainer.optimizers
+    ]
+
+
+def restore_optimizer_states(trainer: Trainer, module: LightningModule) -> None:
+    """Give optimizers what the checkpoint that a fit resumes from kept for them; to be called in ``on_fit_start``.
+
+    Optimizers that are of another class than those of the checkpoint start without a state.
+    """
+    # Lightning keeps the checkpoint until the training state is restored, which comes after on_fit_start
+    saved = trainer._checkpoint_connector._loaded_checkpoint.get(OPTIMIZERS_KEY, [])
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for optimizer, entry in zip(trainer.optimizers, saved, strict=False):
+        if type(optimizer).__name__ == entry["optimizer"]:
+            _fill(optimizer, entry["state"], names)
+
+
+def _fill(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: dict[int, str]) -> None:
+    content = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in content["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = saved.get(names.get(id(parameter), ""))
+        if state:
+            content["state"][number] = state
+    optimizer.load_state_dict(content)  # casts and moves to the parameters' dtypes and devices
+
+
+def _untouched(before: nn.Parameter, after: nn.Parameter | None) -> bool:
+    return (
+        after is not None
+        and after.shape == before.shape
+        and bool(torch.equal(after.detach().to(before.device, before.dtype), before.detach()))
+    )
+
+
+def _stored(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -1,0 +1,132 @@
+"""Let a model's structure follow the weights that are loaded into it.
+
+A state dict says by its keys which layers are factorized (``X.left_factor`` and ``X.right_factor`` instead of
+``X.weight``), and by their shapes with which rank. A hook that runs before ``load_state_dict`` visits the children
+gives a model that structure, whichever it had before: dense weights load into a compressed model, compressed weights
+into a dense one, with the user's ordinary class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lrf_lightning.modules import LowRankModule
+from lrf_lightning.surgery import set_structure
+
+__all__ = ["LowRankCheckpointMixin", "follow_structure", "ranks_in", "register_structure_hook"]
+
+LEFT, RIGHT = ".left_factor", ".right_factor"
+
+
+class LowRankCheckpointMixin:
+    """Lets a LightningModule load compressed checkpoints everywhere, also where no callback is at work.
+
+    That is ``load_from_checkpoint``, and the main process of strategies that spawn or fork, into which Lightning loads
+    the weights of its workers. Stands before ``LightningModule`` among the bases::
+
+        class Net(LowRankCheckpointMixin, LightningModule): ...
+
+    Raises:
+        TypeError: when a class is defined in which it stands after an ``nn.Module``.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if nn.Module in order and order.index(nn.Module) < order.index(LowRankCheckpointMixin):
+            raise TypeError(
+                f"class {cls.__name__}: LowRankCheckpointMixin has to stand before LightningModule among the bases"
+            )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self, nn.Module):
+            register_structure_hook(self)
+
+
+def register_structure_hook(module: nn.Module) -> None:
+    """Make ``module.load_state_dict`` give the module the structure of the weights that it loads.
+
+    Can be called repeatedly. The hook is copied and pickled with the module. Optimizers that hold parameters of
+    replaced layers have to be built anew, as Lightning does.
+    """
+    if not any(_function_of(hook) is _structure_hook for hook in module._load_state_dict_pre_hooks.values()):
+        # the public method of this name does not exist before torch 2.5
+        module._register_load_state_dict_pre_hook(_structure_hook, with_module=True)  # type: ignore[no-untyped-call]
+
+
+def ranks_in(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, int]:
+    """The rank of every factorized layer in a state dict, by the name of the module below ``prefix``."""
+    ranks: dict[str, int] = {}
+    for key, left in state_dict.items():
+        if not (key.startswith(prefix) and key.endswith(LEFT) and isinstance(left, Tensor) and left.dim() >= 2):
+            continue
+        name = key[len(prefix) : -len(LEFT)]
+        if f"{prefix}{name}{RIGHT}" in state_dict:
+            ranks[name] = int(left.shape[1])
+    return ranks
+
+
+def follow_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+    """Give a model the structure of a state dict; layers of which the state dict says nothing stay as they are.
+
+    Names that the model does not have are left to ``load_state_dict``, which reports them as unexpected.
+
+    Raises:
+        ValueError: if a layer cannot be factorized or its rank does not fit; the model may have changed in part.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    ranks = {name: rank for name, rank in ranks_in(state_dict, prefix).items() if _can_follow(modules.get(name))}
+    for name, module in modules.items():
+        if (
+            isinstance(module, LowRankModule)
+            and name not in ranks
+            and not _is_dense_in(state_dict, prefix, name, module)
+        ):
+            ranks[name] = module.rank
+    give_structure(model, ranks)
+
+
+def give_structure(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Give exactly the named layers factors of these ranks, keeping ``requires_grad``.
+
+    Raises:
+        ValueError: if a layer is missing or cannot be factorized, or its rank does not fit.
+    """
+    before = dict(model.named_modules(remove_duplicate=False))
+    set_structure(model, ranks)
+    for name, new in model.named_modules():
+        old = before.get(name)
+        if old is not None and old is not new:
+            _keep_trainability(old, new)
+
+
+def _structure_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    follow_structure(module, state_dict, prefix)
+
+
+def _function_of(hook: Any) -> Any:
+    return getattr(hook, "hook", hook)
+
+
+def _can_follow(module: nn.Module | None) -> bool:
+    """Whether a module may become low-rank: a user's own module may have parameters of the same names."""
+    return module is not None and (isinstance(module, LowRankModule) or "left_factor" not in module._parameters)
+
+
+def _is_dense_in(state_dict: Mapping[str, Any], prefix: str, name: str, module: LowRankModule) -> bool:
+    """Whether the state dict has entries for this layer that only its dense form has, such as its weight."""
+    start = f"{prefix}{name}."
+    own = {f"{start}{key}" for key in module.state_dict()}
+    return any(key.startswith(start) and key not in own for key in state_dict)
+
+
+def _keep_trainability(old: nn.Module, new: nn.Module) -> None:
+    flags = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
+    # parameters that only one of them has are the weight and its factors
+    weight = [flag for name, flag in flags.items() if name not in dict(new.named_parameters())]
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(flags.get(name, all(weight)))
