@@ -11,30 +11,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrf_lightning.api import CompressionResult, compress
     from lrf_lightning.callbacks.compression import LowRankCompression
-    from lrf_lightning.checkpoint import CheckpointError, load_compressed
+    from lrf_lightning.checkpoint import CheckpointError, load_compressed, read_metadata, restore_dense
     from lrf_lightning.solver.evaluation import StepOutput
     from lrf_lightning.solver.settings import Settings
+    from lrf_lightning.structure_hook import LowRankCheckpointMixin
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
     "CompressionResult",
+    "LowRankCheckpointMixin",
     "LowRankCompression",
     "Settings",
     "StepOutput",
     "compress",
     "load_compressed",
+    "read_metadata",
+    "restore_dense",
 ]
 
 _HOMES = {
     "CheckpointError": "lrf_lightning.checkpoint",
     "CompressionResult": "lrf_lightning.api",
+    "LowRankCheckpointMixin": "lrf_lightning.structure_hook",
     "LowRankCompression": "lrf_lightning.callbacks.compression",
     "Settings": "lrf_lightning.solver.settings",
     "StepOutput": "lrf_lightning.solver.evaluation",
     "compress": "lrf_lightning.api",
     "load_compressed": "lrf_lightning.checkpoint",
+    "read_metadata": "lrf_lightning.checkpoint",
+    "restore_dense": "lrf_lightning.checkpoint",
 }
 
 

@@ -23,8 +23,8 @@ from lrf_lightning.lightning_checkpoint import is_lightning_checkpoint, lightnin
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.solver.result import Solution
-from lrf_lightning.structure import LowRankCheckpointMixin, give_structure, register_structure_hook
-from lrf_lightning.surgery import restore_dense_structure
+from lrf_lightning.structure_hook import LowRankCheckpointMixin, register_structure_hook
+from lrf_lightning.surgery import restore_dense_structure, set_structure
 from lrf_lightning.weights_file import pack, read_header, unpack
 
 __all__ = [
@@ -110,7 +110,7 @@ def load_compressed(model: nn.Module | Callable[[], nn.Module], path: AnyPath) -
     new = _fresh(model)
     _check_layers(new, record, file)
     try:
-        give_structure(new, record["ranks"])
+        set_structure(new, record["ranks"])
     except ValueError as error:
         raise CheckpointError(f"{file} does not fit {type(new).__name__}: {error}") from error
     _check_entries(new, state, file)
@@ -158,19 +158,16 @@ def _check_layers(model: nn.Module, record: Mapping[str, Any], file: str) -> Non
     """Compare the layers that are factorized in the file with those of the dense model."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in record["factorized"].items():
-        module = modules.get(name)
-        wanted = f"{layer['kind']} with weight {tuple(layer['shape'])}"
-        if module is None:
-            raise CheckpointError(
-                f"{file} does not fit {type(model).__name__}, which has no layer {name!r}; in the file it is a {wanted}"
-            )
+        module, shape = modules.get(name), tuple(layer["shape"])
+        if module is None or isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            continue  # the projections of packed attention are no layers of their own
         weight = getattr(module, "weight", None)
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        own_shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
         kind = layer["kind"] if isinstance(module, LowRankModule) else type(module).__name__
-        if kind != layer["kind"] or (shape is not None and shape != tuple(layer["shape"])):
+        if (kind, own_shape) != (layer["kind"], shape):
             raise CheckpointError(
-                f"{file} does not fit {type(model).__name__}: its layer {name!r} is a {kind} with weight {shape}, in "
-                f"the file it was a {wanted}"
+                f"{file} does not fit {type(model).__name__}: its layer {name!r} is a {kind} with a weight of shape "
+                f"{own_shape}, in the file it was a {layer['kind']} with a weight of shape {shape}"
             )
 
 

@@ -29,7 +29,7 @@ from lrf_lightning.optimizer_state import OPTIMIZERS_KEY, collect_optimizer_stat
 from lrf_lightning.plain_data import plain
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.solver.result import Solution
-from lrf_lightning.structure import ranks_in
+from lrf_lightning.structure_hook import ranks_in
 from lrf_lightning.weights_file import hash_tensors
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrf_lightning.modules import LowRankModule
+from lrf_lightning.modules import LowRankModule, SplitAttention
 from lrf_lightning.surgery import set_structure
 
 __all__ = ["LowRankCheckpointMixin", "follow_structure", "ranks_in", "register_structure_hook"]
@@ -79,29 +79,14 @@ def follow_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
         ValueError: if a layer cannot be factorized or its rank does not fit; the model may have changed in part.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    ranks = {name: rank for name, rank in ranks_in(state_dict, prefix).items() if _can_follow(modules.get(name))}
+    ranks = {name: rank for name, rank in ranks_in(state_dict, prefix).items() if _can_follow(modules, name)}
     for name, module in modules.items():
-        if (
-            isinstance(module, LowRankModule)
-            and name not in ranks
-            and not _is_dense_in(state_dict, prefix, name, module)
-        ):
-            ranks[name] = module.rank
-    give_structure(model, ranks)
-
-
-def give_structure(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Give exactly the named layers factors of these ranks, keeping ``requires_grad``.
-
-    Raises:
-        ValueError: if a layer is missing or cannot be factorized, or its rank does not fit.
-    """
-    before = dict(model.named_modules(remove_duplicate=False))
+        if isinstance(module, LowRankModule) and name not in ranks:
+            parent = modules[name.rpartition(".")[0]]
+            sites = [(name, module)] + ([(name.rpartition(".")[0], parent)] if _is_attention(parent) else [])
+            if not any(_has_foreign_entries(state_dict, f"{prefix}{site}.", layer) for site, layer in sites):
+                ranks[name] = module.rank
     set_structure(model, ranks)
-    for name, new in model.named_modules():
-        old = before.get(name)
-        if old is not None and old is not new:
-            _keep_trainability(old, new)
 
 
 def _structure_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -112,21 +97,20 @@ def _function_of(hook: Any) -> Any:
     return getattr(hook, "hook", hook)
 
 
-def _can_follow(module: nn.Module | None) -> bool:
-    """Whether a module may become low-rank: a user's own module may have parameters of the same names."""
-    return module is not None and (isinstance(module, LowRankModule) or "left_factor" not in module._parameters)
+def _can_follow(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether there is a module that may become low-rank; a user's own module may have parameters of the same names."""
+    module = modules.get(name)
+    if module is None:
+        # the projections of packed attention are no modules yet
+        return _is_attention(modules.get(name.rpartition(".")[0]))
+    return isinstance(module, LowRankModule) or "left_factor" not in module._parameters
 
 
-def _is_dense_in(state_dict: Mapping[str, Any], prefix: str, name: str, module: LowRankModule) -> bool:
-    """Whether the state dict has entries for this layer that only its dense form has, such as its weight."""
-    start = f"{prefix}{name}."
+def _is_attention(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.MultiheadAttention, SplitAttention))
+
+
+def _has_foreign_entries(state_dict: Mapping[str, Any], start: str, module: nn.Module) -> bool:
+    """Whether there are entries under a name that the module has not, such as the weight of a low-rank layer."""
     own = {f"{start}{key}" for key in module.state_dict()}
     return any(key.startswith(start) and key not in own for key in state_dict)
-
-
-def _keep_trainability(old: nn.Module, new: nn.Module) -> None:
-    flags = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
-    # parameters that only one of them has are the weight and its factors
-    weight = [flag for name, flag in flags.items() if name not in dict(new.named_parameters())]
-    for name, parameter in new.named_parameters():
-        parameter.requires_grad_(flags.get(name, all(weight)))
