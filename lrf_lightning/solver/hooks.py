@@ -3,11 +3,13 @@
 Gradients are taken with respect to the outputs of the observed layers, never with respect to weights: parameters are
 frozen for the time being, and the graph starts at the first observed layer. That makes the pass cheaper than a training
 step and lets frozen layers be observed too.
+
+Modules that share a weight are observed as one layer, under one name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,19 +21,25 @@ __all__ = ["frozen_parameters", "observe_gradients", "observe_inputs"]
 OnGradient = Callable[[Tensor], None]
 OnForward = Callable[[str, Tensor, Tensor], "OnGradient | None"]
 OnInput = Callable[[str, Tensor], None]
+Layers = Mapping[str, "nn.Module | Sequence[nn.Module]"]
 
 
 @contextmanager
-def observe_gradients(layers: Mapping[str, nn.Module], on_forward: OnForward) -> Iterator[None]:
+def observe_gradients(layers: Layers, on_forward: OnForward) -> Iterator[None]:
     """Call ``on_forward(name, input, output)`` at every call of a layer, and its result with the output's gradient.
 
     Both tensors are detached. What runs downstream gets a copy of the output, so that an in-place activation does not
-    change the observed one.
+    change the observed one. Where several modules share a weight, outputs are observed as if all of them had the bias
+    of the first.
+
+    Args:
+        layers: module, or modules that share a weight, by name.
+        on_forward: observer; the callable it returns, if any, is given the gradient.
     """
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
-        def observe(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            on_gradient = on_forward(name, inputs[0].detach(), output.detach())
+    def hook(name: str, first: nn.Module) -> Callable[[nn.Module, Any, Any, Any], Tensor]:
+        def observe(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            on_gradient = on_forward(name, _input(name, args, kwargs), _as_if(first, module, output.detach()))
             if on_gradient is None:
                 return output
             if not output.requires_grad:
@@ -45,7 +53,11 @@ def observe_gradients(layers: Mapping[str, nn.Module], on_forward: OnForward) ->
 
         return observe
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    handles = [
+        module.register_forward_hook(hook(name, modules[0]), with_kwargs=True)
+        for name, modules in _sequences(layers)
+        for module in modules
+    ]
     try:
         yield
     finally:
@@ -54,16 +66,25 @@ def observe_gradients(layers: Mapping[str, nn.Module], on_forward: OnForward) ->
 
 
 @contextmanager
-def observe_inputs(layers: Mapping[str, nn.Module], on_input: OnInput) -> Iterator[None]:
-    """Call ``on_input(name, input)`` before every call of a layer."""
+def observe_inputs(layers: Layers, on_input: OnInput) -> Iterator[None]:
+    """Call ``on_input(name, input)`` before every call of a layer.
 
-    def hook(name: str) -> Callable[[nn.Module, Any], None]:
-        def observe(module: nn.Module, inputs: Any) -> None:
-            on_input(name, inputs[0].detach())
+    Args:
+        layers: module, or modules that share a weight, by name.
+        on_input: observer.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
+            on_input(name, _input(name, args, kwargs))
 
         return observe
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, modules in _sequences(layers)
+        for module in modules
+    ]
     try:
         yield
     finally:
@@ -83,3 +104,28 @@ def frozen_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+
+
+def _sequences(layers: Layers) -> Iterator[tuple[str, Sequence[nn.Module]]]:
+    for name, modules in layers.items():
+        yield name, [modules] if isinstance(modules, nn.Module) else modules
+
+
+def _input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The layer's input, which some models pass by keyword."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.detach()
+    raise TypeError(f"layer {name!r} was called without a tensor")
+
+
+def _as_if(first: nn.Module, module: nn.Module, output: Tensor) -> Tensor:
+    """The output of ``module`` with the bias of ``first``, which shares its weight."""
+    ours, theirs = module._parameters.get("bias"), first._parameters.get("bias")
+    if module is first or ours is theirs:
+        return output
+    trailing = (1,) * len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else ()
+    for bias, sign in ((ours, -1), (theirs, 1)):
+        if bias is not None:
+            output = output + sign * bias.detach().reshape(-1, *trailing)
+    return output

@@ -13,15 +13,15 @@ frames, flattened tokens), or the second one is B (time-major sequences).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrf_lightning.surgery import Candidate
 
-__all__ = ["ConvRows", "LinearRows", "RowReader", "UnreadableRowsError", "row_reader"]
+__all__ = ["EmbeddingRows", "LinearRows", "RowReader", "UnreadableRowsError", "row_reader"]
+
+# one-hot rows make the input moment a dense matrix of this size squared
+MOST_EMBEDDINGS = 2048
 
 
 class UnreadableRowsError(ValueError):
@@ -29,7 +29,7 @@ class UnreadableRowsError(ValueError):
 
 
 class RowReader:
-    """Reads rows of one layer; see :class:`LinearRows` and :class:`ConvRows`."""
+    """Reads rows of one layer; every kind has its own reader, see :func:`row_reader`."""
 
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
@@ -62,7 +62,7 @@ class RowReader:
         right: Tensor,  # (g, k, n)
         batch: int,
     ) -> Tensor:
-        """Products r_i . x for all rows, shape (B, R', g, k) or (B, g, k, R'); to be passed to :meth:`components`."""
+        """Products r_i . x for all rows, to be passed to :meth:`components`."""
         raise NotImplementedError
 
     def components(
@@ -87,7 +87,7 @@ class RowReader:
 
 
 class LinearRows(RowReader):
-    """Rows of ``nn.Linear``: the last dimension of input and output."""
+    """Rows of ``nn.Linear`` and Hugging Face's ``Conv1D``: the last dimension of input and output."""
 
     def rows_per_sample(self, x: Tensor, batch: int) -> int:
         """See :meth:`RowReader.rows_per_sample`."""
@@ -118,109 +118,58 @@ class LinearRows(RowReader):
         return (_by_sample(grad, batch, self.candidate.name) * values).sum((1, 2))
 
 
-class ConvRows(RowReader):
-    """Rows of ``nn.Conv2d``: the patches under the kernel and the output channels at every position."""
-
-    @property
-    def _conv(self) -> nn.Conv2d:
-        module = self.candidate.module
-        assert isinstance(module, nn.Conv2d)
-        return module
+class EmbeddingRows(LinearRows):
+    """Rows of ``nn.Embedding``: the inputs are one-hot, the columns of the matrix are the entries of the table."""
 
     def rows_per_sample(self, x: Tensor, batch: int) -> int:
-        """See :meth:`RowReader.rows_per_sample`."""
-        images = _images(x, batch, self.candidate.name).shape[0] // batch
-        height, width = self._output_size(x.shape[-2:], bordered=False)
-        return images * height * width
+        """See :meth:`RowReader.rows_per_sample`.
 
-    def _output_size(self, size: Sequence[int], *, bordered: bool) -> tuple[int, int]:
-        """Height and width of the output for an input of this height and width, with its borders already or not."""
-        conv = self._conv
-        left, right, top, bottom = (0, 0, 0, 0) if bordered else conv._reversed_padding_repeated_twice
-        (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-        height, width = size[0] + top + bottom, size[1] + left + right
-        return (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+        Raises:
+            UnreadableRowsError: if the table has too many entries for a dense moment of one-hot rows.
+        """
+        if self.candidate.columns > MOST_EMBEDDINGS:
+            raise UnreadableRowsError(
+                f"has {self.candidate.columns} entries; the solver takes embeddings of at most {MOST_EMBEDDINGS}"
+            )
+        return super().rows_per_sample(x[..., None], batch)
 
     def inputs(self, x: Tensor, positions: Tensor | None, batch: int) -> Tensor:
-        """See :meth:`RowReader.inputs`."""
-        conv, groups = self._conv, self.candidate.groups
-        x = _with_borders(_images(x, batch, self.candidate.name), conv)
-        (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-        height, width = self._output_size(x.shape[-2:], bordered=True)
-        if positions is None:
-            positions = torch.arange(height * width, device=x.device)
-        else:
-            # positions run over all rows of a sample; a sample of several images takes the same places in each
-            positions = torch.unique(positions % (height * width))
-        top, left = (positions // width) * sh, (positions % width) * sw
-        rows = top[:, None, None] + dh * torch.arange(kh, device=x.device)[:, None]  # (P, kh, 1)
-        columns = left[:, None, None] + dw * torch.arange(kw, device=x.device)  # (P, 1, kw)
-        patches = x[:, :, rows, columns]  # (B, channels, P, kh, kw)
-        count, _, taken = patches.shape[:3]
-        patches = patches.reshape(count, groups, -1, taken, kh, kw).permute(1, 0, 3, 2, 4, 5)
-        return patches.reshape(groups, count * taken, -1)
+        """See :meth:`RowReader.inputs`; one-hot rows."""
+        indices = super().inputs(x[..., None], positions, batch)[..., 0]
+        return F.one_hot(indices.long(), self.candidate.columns).to(self.candidate.matrices().dtype)
 
     def gradients(self, grad: Tensor, positions: Tensor | None, batch: int) -> Tensor:
         """See :meth:`RowReader.gradients`."""
-        grad = _images(grad, batch, self.candidate.name).flatten(2)  # (B, out, H * W)
-        if positions is not None:
-            grad = grad[:, :, torch.unique(positions % grad.shape[-1])]
-        grad = grad.reshape(grad.shape[0], self.candidate.groups, -1, grad.shape[-1])
-        return grad.permute(1, 0, 3, 2).reshape(self.candidate.groups, -1, grad.shape[2])
+        return LinearRows.inputs(self, grad, positions, batch)
 
     def project(self, x: Tensor, right: Tensor, batch: int) -> Tensor:
-        """See :meth:`RowReader.project`; shape (images, g * k, H, W)."""
-        conv = self._conv
-        x = _with_borders(_images(x, batch, self.candidate.name), conv)
-        weight = right.reshape(-1, *conv.weight.shape[1:])
-        return F.conv2d(x, weight, None, conv.stride, 0, conv.dilation, conv.groups)
-
-    def components(self, projected: Tensor, grad: Tensor, left: Tensor, batch: int) -> Tensor:
-        """See :meth:`RowReader.components`."""
-        groups, rank = self.candidate.groups, left.shape[-1]
-        grad = _images(grad, batch, self.candidate.name)
-        weight = left.transpose(1, 2).reshape(groups * rank, -1, 1, 1)
-        products = F.conv2d(grad, weight, groups=groups) * projected
-        return products.sum((2, 3)).reshape(batch, -1, groups, rank).sum((1, 2))
-
-    def inner(self, grad: Tensor, output: Tensor, bias: Tensor | None, batch: int) -> Tensor:
-        """See :meth:`RowReader.inner`."""
-        values = output if bias is None else output - bias[:, None, None]
-        return (_images(grad, batch, self.candidate.name) * values).reshape(batch, -1).sum(1)
+        """See :meth:`RowReader.project`; shape (B, R, k)."""
+        indices = _by_sample(x[..., None], batch, self.candidate.name)[..., 0].long()
+        return F.embedding(indices, right[0].T)
 
 
 def row_reader(candidate: Candidate) -> RowReader:
     """The reader for a layer's kind."""
-    return ConvRows(candidate) if isinstance(candidate.module, nn.Conv2d) else LinearRows(candidate)
+    from lrf_lightning.solver.conv_rows import ConvRows, ConvTransposeRows
+
+    if isinstance(candidate.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return ConvTransposeRows(candidate)
+    if isinstance(candidate.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return ConvRows(candidate)
+    return EmbeddingRows(candidate) if isinstance(candidate.module, nn.Embedding) else LinearRows(candidate)
 
 
 def _by_sample(x: Tensor, batch: int, name: str) -> Tensor:
-    """Reshape (..., features) to (B, R, features)."""
+    """Reshape (..., features) to (B, R, features).
+
+    Time-major sequences (R, B, features) are told from windows (B * c, R, features) by their second dimension.
+    """
+    time_major = x.dim() == 3 and x.shape[1] == batch and x.shape[0] != batch
+    if time_major:
+        return x.transpose(0, 1)
     if x.dim() >= 2 and x.shape[0] % batch == 0:
         return x.reshape(batch, -1, x.shape[-1])
-    if x.dim() == 3 and x.shape[1] == batch:
-        return x.transpose(0, 1)
     raise UnreadableRowsError(
         f"layer {name!r} sees a tensor of shape {tuple(x.shape)} for a batch of {batch} samples; "
         "its rows cannot be assigned to samples"
     )
-
-
-def _images(x: Tensor, batch: int, name: str) -> Tensor:
-    """Check that (images, channels, height, width) holds whole samples."""
-    if x.dim() != 4 or x.shape[0] % batch != 0:
-        raise UnreadableRowsError(
-            f"layer {name!r} sees a tensor of shape {tuple(x.shape)} for a batch of {batch} samples; "
-            "its images cannot be assigned to samples"
-        )
-    return x
-
-
-def _with_borders(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Pad explicitly, whatever the padding mode, so that patches can be gathered by index."""
-    borders = list(conv._reversed_padding_repeated_twice)  # left, right, top, bottom
-    if not any(borders):
-        return x
-    if conv.padding_mode == "zeros":
-        return F.pad(x, borders)
-    return F.pad(x, borders, mode=conv.padding_mode)

@@ -1,0 +1,119 @@
+"""Which modules have a low-rank stand-in, and why a module that looks like one of them has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from lrf_lightning.modules import (
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConv3d,
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+    LowRankEmbedding,
+    LowRankLinear,
+    LowRankModule,
+    LowRankTransposedLinear,
+)
+
+__all__ = ["Owner", "attention_objection", "kind_objection", "low_rank_type", "same_geometry", "weight_owners"]
+
+LOW_RANK_OF: dict[type[nn.Module], type[LowRankModule]] = {
+    nn.Linear: LowRankLinear,
+    nn.Conv1d: LowRankConv1d,
+    nn.Conv2d: LowRankConv2d,
+    nn.Conv3d: LowRankConv3d,
+    nn.ConvTranspose1d: LowRankConvTranspose1d,
+    nn.ConvTranspose2d: LowRankConvTranspose2d,
+    nn.ConvTranspose3d: LowRankConvTranspose3d,
+    nn.Embedding: LowRankEmbedding,
+}
+
+Owner = tuple[str, str, nn.Module]  # name of the module, name of its parameter, the module
+
+
+def low_rank_type(module: nn.Module) -> type[LowRankModule] | None:
+    """The class that stands in for a dense module, None if there is none; subclasses have none."""
+    kind = type(module)
+    if kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers":
+        return LowRankTransposedLinear
+    return LOW_RANK_OF.get(kind)
+
+
+def kind_objection(module: nn.Module) -> str | None:
+    """Why a module with a weight cannot be factorized, whatever it shares and wherever it hangs; None if it can."""
+    if isinstance(module, LowRankModule):
+        return "is low-rank already"
+    if parametrize.is_parametrized(module):
+        return "is parametrized"
+    if is_quantized(module):
+        return "is quantized"
+    kind = low_rank_type(module)
+    if kind is None:
+        return f"{type(module).__name__} is not supported"
+    if "weight" not in module._parameters:
+        return "its weight is computed from other parameters (weight norm, spectral norm or pruning)"
+    return weight_objection(module._parameters["weight"]) or kind.objection(module)
+
+
+def weight_objection(weight: Tensor | None) -> str | None:
+    """Why a weight cannot be factorized, None if it is a plain dense floating-point parameter."""
+    if weight is None or isinstance(weight, UninitializedParameter):
+        return "its weight is not initialised"
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight if type(weight) is not nn.Parameter else weight.data).__name__}"
+    if weight.is_meta or weight.layout != torch.strided or not weight.is_floating_point():
+        return f"its weight is not a dense floating-point tensor ({weight.layout}, {weight.dtype}, {weight.device})"
+    return None
+
+
+def attention_objection(attention: nn.MultiheadAttention, owners: dict[int, list[Owner]]) -> str | None:
+    """Why an ``nn.MultiheadAttention`` cannot be split into projections, None if it can."""
+    if type(attention) is not nn.MultiheadAttention:
+        return f"{type(attention).__name__} is not supported"
+    out_proj = attention.out_proj
+    if parametrize.is_parametrized(attention) or parametrize.is_parametrized(out_proj):
+        return "is parametrized"
+    weights = [attention.in_proj_weight]
+    if attention.in_proj_weight is None:
+        weights = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+    if not isinstance(out_proj, nn.Linear) or "weight" not in out_proj._parameters:
+        return f"its out_proj is a {type(out_proj).__name__}"
+    for weight in (*weights, out_proj.weight):
+        if reason := weight_objection(weight):
+            return reason
+    for parameter in attention.parameters():
+        if len(owners.get(id(parameter), ())) > 1:
+            return "its parameters are shared with another module"
+    return None
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is one of torch's quantized layers, whose weight is packed and no parameter."""
+    return ".quantized" in type(module).__module__ and hasattr(type(module), "weight")
+
+
+def weight_owners(model: nn.Module) -> dict[int, list[Owner]]:
+    """All modules that hold a parameter, by the parameter's identity."""
+    owners: dict[int, list[Owner]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, key, module))
+    return owners
+
+
+def same_geometry(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two dense layers read their weight in the same way, so that their rows mean the same."""
+    names = "kernel_size stride padding output_padding dilation groups padding_mode"
+
+    def geometry(module: nn.Module) -> list[Any]:
+        return [getattr(module, name, None) for name in names.split()]
+
+    return type(first) is type(second) and geometry(first) == geometry(second)
