@@ -174,7 +174,7 @@ def _check_layers(model: nn.Module, record: Mapping[str, Any], file: str) -> Non
 def _check_entries(model: nn.Module, state: Mapping[str, Any], file: str) -> None:
     own = model.state_dict()
     missing = [name for name in own if name not in state]
-    extra = [name for name in state if name not in own]
+    extra = sorted(name for name in state if name not in own)
     wrong = [
         f"{name} is {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in own.items()
