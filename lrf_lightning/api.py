@@ -28,7 +28,7 @@ __all__ = ["CompressionResult", "compress"]
 class CompressionResult(Solution):
     """A :class:`~lrf_lightning.solver.result.Solution` that can be saved."""
 
-    def save(self, path: str | PathLike[str]) -> Path:
+    def save(self, path: str | PathLike[str]) -> Path | str:
         """Write ``model.safetensors`` and ``compression.json`` into the folder ``path``.
 
         Raises:

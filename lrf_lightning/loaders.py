@@ -76,8 +76,12 @@ def check_loaders(trainer: Trainer, module: LightningModule, **choices: Batches 
             _method(trainer, module, role, choice)
         elif choice is not None:
             _check_length(role, choice)
-        elif _owner(trainer, module, f"{role}_dataloader") is None and not _has_validation(trainer):
-            raise _missing(role)
+        elif _owner(trainer, module, f"{role}_dataloader") is None:
+            if not _has_validation(trainer):
+                raise _missing(role)
+            passed = _passed(trainer, "val_dataloader")
+            if passed is not None:
+                _check_length("the validation data", _first_loader(passed, role, [], collection=True))
     if choices.get("selection") is not None and choices["selection"] == choices.get("verification"):
         rank_zero_warn(
             f"selection and verification are the same loader ({choices['selection']!r}): the verdict will not be "

@@ -15,6 +15,7 @@ which fails, as it should, for class weights, ignored targets and losses of seve
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,8 +111,10 @@ class LossCalls(TorchFunctionMode):
 
 
 def agrees(per_sample: Tensor, loss: Tensor) -> bool:
-    """Whether the mean of per-sample losses is the loss, within 1e-4 or a few roundings of the loss's dtype."""
+    """Whether the mean of per-sample losses is the loss, within 1e-4 or a few roundings; never for an infinite loss."""
     mean, value = float(per_sample.detach().double().mean()), float(loss.detach().double())
+    if not math.isfinite(value):
+        return False
     relative = max(1e-4, 4 * torch.finfo(loss.dtype).eps)
     return abs(mean - value) <= relative * abs(value) + 1e-9
 

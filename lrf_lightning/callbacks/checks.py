@@ -17,7 +17,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.surgery import find_layers
 
-__all__ = ["check_arguments", "check_best_weights", "check_folder", "check_layers", "check_processes"]
+__all__ = [
+    "check_arguments",
+    "check_best_weights",
+    "check_folder",
+    "check_layers",
+    "check_processes",
+    "check_single_writer",
+]
 
 SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 REMEDY = (
@@ -107,6 +114,18 @@ def check_folder(directory: Path, *, create: bool) -> None:
         ) from error
 
 
+def check_single_writer(directory: Path, others: list[Path]) -> None:
+    """Ask for separate folders if several callbacks write.
+
+    Raises:
+        MisconfigurationException: if another callback writes into the same folder.
+    """
+    if directory in others:
+        raise MisconfigurationException(
+            f"two LowRankCompression callbacks write into {str(directory)!r}; give each of them its own dirpath="
+        )
+
+
 def check_layers(module: LightningModule, settings: Settings) -> None:
     """Warn if no layer can be factorized; models that are built in ``configure_model`` are not known yet.
 
@@ -116,9 +135,7 @@ def check_layers(module: LightningModule, settings: Settings) -> None:
     if is_overridden("configure_model", module):
         return
     try:
-        candidates, skipped = find_layers(
-            module, include=settings.include, exclude=settings.exclude, min_params=settings.min_params
-        )
+        candidates, skipped = find_layers(module, **settings.layer_choice)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
     if not candidates:

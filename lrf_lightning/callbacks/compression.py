@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lrf_lightning.api import compress
 from lrf_lightning.callbacks import checks
@@ -88,6 +89,10 @@ class LowRankCompression(Callback):
         rank_multiple: ranks are rounded to a multiple of this.
         include: shell patterns on module names; empty means all.
         exclude: shell patterns on module names that are left alone.
+        types: shell patterns on class names of layers; empty means all that are supported.
+        exclude_types: shell patterns on class names of layers that are left alone.
+        predicate: ``predicate(name, module)``; layers for which it is false are left alone.
+        frozen: whether layers whose weight does not require a gradient are factorized too.
         min_params: layers with fewer weight entries are left alone.
         variant: which published algorithm ``objective="paper"`` runs.
         gamma: largest squared relative error of a layer in ``objective="paper"``.
@@ -135,6 +140,10 @@ class LowRankCompression(Callback):
         rank_multiple: int = 1,
         include: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
+        types: tuple[str, ...] = (),
+        exclude_types: tuple[str, ...] = (),
+        predicate: Callable[[str, nn.Module], bool] | None = None,
+        frozen: bool = True,
         min_params: int = 0,
         variant: PaperVariant = "lossless",
         gamma: float = 0.1,
@@ -176,6 +185,8 @@ class LowRankCompression(Callback):
         if self.save and trainer.is_global_zero and self._keeps_files(trainer):
             # loggers look whether their folder exists, so only a folder of ours is created ahead
             checks.check_folder(directory, create=self.dirpath is not None)
+            others = [c for c in trainer.callbacks if isinstance(c, LowRankCompression) and c is not self and c.save]
+            checks.check_single_writer(directory, [other._directory(trainer) for other in others])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress a copy of the module, report, log and save; see the class."""

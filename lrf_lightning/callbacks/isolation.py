@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,8 @@ from torch._dynamo import OptimizedModule
 from lrf_lightning import random_state
 
 __all__ = ["UncompiledModule", "detached_copy", "undisturbed"]
+
+logger = logging.getLogger(__name__)
 
 COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
@@ -50,7 +54,7 @@ def detached_copy(module: LightningModule) -> LightningModule:
     """A deep copy without the trainer, in which nothing is compiled.
 
     Tensors that hang on a graph (losses that a step has left in an attribute) are copied without it, since torch
-    refuses to copy them otherwise.
+    refuses to copy them otherwise. Attributes that cannot be copied at all, such as locks and open files, are shared.
     """
     memo: dict[int, Any] = {}
     for child in module.modules():
@@ -58,7 +62,12 @@ def detached_copy(module: LightningModule) -> LightningModule:
             memo[id(tensor)] = tensor.detach().clone()
     if module._compiler_ctx is not None:
         memo[id(module._compiler_ctx)] = None
-    new = copy.deepcopy(module, memo)
+    try:
+        new = copy.deepcopy(module, dict(memo))
+    except (TypeError, ValueError, RuntimeError, pickle.PicklingError) as error:
+        shared = _uncopyable(module, memo)
+        logger.info("The copy of the module shares attributes that cannot be copied (%s): %s", error, list(shared))
+        new = copy.deepcopy(module, memo | {id(value): value for value in shared.values()})
     new.trainer = None
     if module._compiler_ctx is not None:
         # these attributes would still call the original's compiled methods
@@ -108,6 +117,23 @@ def _preserved_flags() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         if torch.get_float32_matmul_precision() != precision:
             torch.set_float32_matmul_precision(precision)
+
+
+def _uncopyable(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
+    """Attributes by qualified name, torch's own left out, whose deep copy fails."""
+    # what refers back to the modules shall not fail because of their other attributes
+    known = memo | {id(child): child for child in module.modules()}
+    own = set(nn.Module().__dict__)
+    failing = {}
+    for prefix, child in module.named_modules():
+        for name, value in child.__dict__.items():
+            if name in own or name in ("_trainer", "_fabric"):
+                continue
+            try:
+                copy.deepcopy(value, dict(known))
+            except Exception:
+                failing[f"{prefix}.{name}".lstrip(".")] = value
+    return failing
 
 
 def _graph_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
