@@ -133,9 +133,8 @@ def _paired_moments(
     """Cross moment E[x y'] and moment E[y y'] of every layer, x from the dense model, y from the compressed one."""
     moments = {name: (Moment(), Moment()) for name in layers}
     dense_rows: dict[str, list[Tensor]] = {}
-    dense_modules = {name: layer.candidate.module for name, layer in layers.items()}
-    by_name = dict(compressed.named_modules(remove_duplicate=False))
-    compressed_modules = {name: by_name[name] for name in layers}
+    dense_modules = {name: layer.candidate.modules_in(model) for name, layer in layers.items()}
+    compressed_modules = {name: layer.candidate.modules_in(compressed) for name, layer in layers.items()}
 
     def rows(name: str, x: Tensor, size: int, index: int) -> Tensor:
         layer = layers[name]
@@ -170,7 +169,4 @@ def _groups(names: Sequence[str], count: int) -> list[list[str]]:
 
 
 def _weight(layer: LayerStatistics) -> Tensor:
-    candidate = layer.candidate
-    weight = candidate.module._parameters["weight"]
-    assert weight is not None
-    return weight.detach().double().reshape(candidate.groups, candidate.rows, candidate.columns)
+    return layer.candidate.matrices().double()

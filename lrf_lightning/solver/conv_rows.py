@@ -185,10 +185,10 @@ class ConvTransposeRows(_SpatialRows):
 
 def _places(positions: Tensor, total: int) -> Tensor:
     """Positions run over all rows of a sample; a sample of several images takes the same places in each."""
-    return torch.unique(positions % total)
+    places: Tensor = torch.unique(positions % total)  # type: ignore[no-untyped-call]
+    return places
 
 
 def _per_sample(products: Tensor, batch: int, groups: int, rank: int) -> Tensor:
     """Sum (images, g * k, s1, ...) over positions, groups and the images of a sample, shape (B, k)."""
-    totals: Tensor = products.flatten(2).sum(2).reshape(batch, -1, groups, rank).sum((1, 2))
-    return totals
+    return products.flatten(2).sum(2).reshape(batch, -1, groups, rank).sum((1, 2))

@@ -25,7 +25,7 @@ from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, 
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
 from lrf_lightning.solver.workspace import Curve, Progress, Workspace, length
-from lrf_lightning.surgery import Skipped, find_layers
+from lrf_lightning.surgery import Skipped, find_layers, prepare, settle
 
 __all__ = ["solve"]
 
@@ -54,13 +54,12 @@ def solve(
         settings = dataclasses.replace(settings, metric="euclidean", compensation_passes=0)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     working = copy.deepcopy(model).to(device)
+    prepare(working)
     work = Workspace(
         working, loss, calibration, selection, verification, device, settings, progress or (lambda *_: None)
     )
     dense = _evaluate_dense(work)
-    candidates, work.skipped = find_layers(
-        working, include=settings.include, exclude=settings.exclude, min_params=settings.min_params
-    )
+    candidates, work.skipped = find_layers(working, **settings.layer_choice)
     if candidates:
         _collect(work, candidates)
     if work.layers:
@@ -132,10 +131,8 @@ def _draw_curves(work: Workspace) -> None:
 
 def _components(layer: LayerStatistics, settings: Settings) -> Factors:
     candidate = layer.candidate
-    weight = candidate.module._parameters["weight"]
-    assert weight is not None
     return factorize(
-        weight.detach().reshape(candidate.groups, candidate.rows, candidate.columns),
+        candidate.matrices(),
         None if settings.metric == "euclidean" else layer.inputs.mean,
         layer.gradients.mean if settings.metric == "fisher" else None,
         damping=settings.damping,
@@ -227,6 +224,7 @@ def _solution(
         unchanged=chosen is None,
     )
     work.samples["verification"] = certificate.dense.samples
+    settle(compressed)
     layers = [_layer_result(work, layer, ranks) for layer in work.layers.values()]
     layers += [_skipped_result(work.model, skipped) for skipped in work.skipped]
     work.seconds["total"] = time.perf_counter() - started

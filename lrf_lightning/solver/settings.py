@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from torch import nn
 
 __all__ = ["Cost", "Metric", "Objective", "Settings"]
 
@@ -47,6 +50,12 @@ class Settings:
         rank_multiple: ranks are rounded to a multiple of this where the layer is large enough.
         include: shell patterns on module names; empty means all.
         exclude: shell patterns on module names that are left alone.
+        types: shell patterns on class names of layers (``"Conv2d"``); empty means all that are supported. The
+            projections of attention go by ``Linear`` and by ``MultiheadAttention``.
+        exclude_types: shell patterns on class names of layers that are left alone.
+        predicate: ``predicate(name, module)``; layers for which it is false are left alone. None accepts all.
+        frozen: whether layers whose weight does not require a gradient are factorized too; their factors do not
+            require one either.
         min_params: layers with fewer weight entries are left alone.
         variant: which of the published algorithms ``paper`` runs, ``lossless`` or ``compact``.
         gamma: largest squared relative error of a layer's weight in ``paper``, in (0, 1].
@@ -73,6 +82,10 @@ class Settings:
     rank_multiple: int = 1
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    exclude_types: tuple[str, ...] = ()
+    predicate: Callable[[str, nn.Module], bool] | None = None
+    frozen: bool = True
     min_params: int = 0
     variant: PaperVariant = "lossless"
     gamma: float = 0.1
@@ -95,8 +108,18 @@ class Settings:
             _check_whole(name, getattr(self, name), least)
         for name in ("refinements", "compensation_passes", "min_params"):
             _check_whole(name, getattr(self, name), 0)
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "types", "exclude_types"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if self.predicate is not None and not callable(self.predicate):
+            raise ValueError(f"predicate={self.predicate!r} is no callable; give predicate(name, module) or None")
+        if not isinstance(self.frozen, bool):
+            raise ValueError(f"frozen={self.frozen!r} is neither True nor False")
+
+    @property
+    def layer_choice(self) -> dict[str, Any]:
+        """The settings that say which layers are looked at, as arguments of ``surgery.find_layers``."""
+        names = ("include", "exclude", "types", "exclude_types", "predicate", "frozen", "min_params")
+        return {name: getattr(self, name) for name in names}
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -141,4 +164,4 @@ def _patterns(name: str, value: object) -> tuple[str, ...]:
         return (value,)
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    raise ValueError(f"{name}={value!r} is not a list of name patterns such as ['head', 'blocks.*']")
+    raise ValueError(f"{name}={value!r} is not a list of patterns such as ['head', 'blocks.*']")

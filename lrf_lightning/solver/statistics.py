@@ -175,7 +175,7 @@ def backward_passes(
     is taken for the mean over its batch.
     """
     samples = 0
-    modules = {name: layer.candidate.module for name, layer in layers.items()}
+    modules = {name: layer.candidate.modules_in(model) for name, layer in layers.items()}
     with evaluation_mode(model), frozen_parameters([model]):
         for index, batch in enumerate(batches):
             size = batch_size(batch)
