@@ -7,7 +7,7 @@ import math
 from lrf_lightning.solver.result import Certificate, Interval, Solution
 from lrf_lightning.tables import share
 
-__all__ = ["decimals", "signed", "score_name", "temperature_sentence", "verdict_sentence"]
+__all__ = ["decimals", "score_name", "signed", "temperature_sentence", "verdict_sentence"]
 
 
 def verdict_sentence(result: Solution) -> str:

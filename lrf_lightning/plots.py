@@ -1,0 +1,219 @@
+"""Pictures of a result: frontier, layers, ranks, predicted against measured, spectra and predicted curves.
+
+Every entry of ``PICTURES`` draws a list of figures, which is empty where there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lrf_lightning.layer_plots import curves_figures, spectra_figures
+from lrf_lightning.plot_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    SKY,
+    all_finite,
+    finite,
+    largest_layers,
+    loss_margin,
+    plain,
+    short_name,
+    style,
+    symmetric_log,
+    to_png,
+)
+from lrf_lightning.solver.result import Solution
+from lrf_lightning.tables import Row, frontier_rows, probe_rows
+from lrf_lightning.verdict import score_name
+
+__all__ = ["PICTURES", "draw"]
+
+
+def draw(result: Solution, picture: str) -> dict[str, bytes]:
+    """One picture of a result as PNG files by name without extension; several pages end in ``_1``, ``_2`` and so on.
+
+    Args:
+        result: what the solver found.
+        picture: a key of ``PICTURES``.
+    """
+    pages = [to_png(figure) for figure in PICTURES[picture](result)]
+    return {picture if len(pages) == 1 else f"{picture}_{i + 1}": page for i, page in enumerate(pages)}
+
+
+def frontier_figures(result: Solution) -> list[Figure]:
+    """Change of loss and score over the parameters kept, with one standard error and the margins of the verdict."""
+    rows = [row for row in frontier_rows(result) if row["params_model_kept"] is not None]
+    if len(rows) < 2:
+        return []
+    panels = [("loss", loss_margin(result), 1.0)]
+    if any(row["score_change"] is not None for row in rows):
+        panels.append(("score", result.settings.score_margin, -1.0))
+    with style():
+        figure = Figure(figsize=(7.5, 1.2 + 2.6 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for ax, (name, margin, sign) in zip(axes, panels, strict=True):
+            _draw_frontier(ax, rows, name, margin, sign)
+        original = f"original: {result.dense.loss:.4g}"
+        axes[0].set_ylabel(f"change of the loss\n({original})")
+        if len(panels) == 2:
+            axes[1].set_ylabel(f"change of the {plain(score_name(result))}\n(original: {result.dense.score:.4g})")
+        axes[-1].set_xlabel(f"parameters kept, % of the whole model's {result.params_model[0]:,}")
+        axes[0].set_title(f"Measured on {result.dense.samples:,} selection samples", loc="left")
+        # the legend of the first panel serves both, above them, where no point can lie
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return [figure]
+
+
+def _draw_frontier(ax: Axes, rows: Sequence[Row], name: str, margin: float, sign: float) -> None:
+    shown = [row for row in rows if row[f"{name}_change"] is not None and math.isfinite(row[f"{name}_change"])]
+    x = [100 * row["params_model_kept"] for row in shown]
+    y = [row[f"{name}_change"] for row in shown]
+    errors = [finite(row[f"{name}_change_error"]) for row in shown]
+    ax.axhline(0, color=GREY, linewidth=1)
+    ax.errorbar(
+        x,
+        y,
+        yerr=errors,
+        color=BLUE,
+        marker="o",
+        markersize=4,
+        capsize=2.5,
+        linewidth=1.2,
+        label="measured, std. error",
+    )
+    if margin > 0:
+        ax.axhline(sign * margin, color=GREEN, linestyle="--", linewidth=1, label="margin of the verdict")
+    ax.plot(x[:1], y[:1], marker="D", markersize=6, color=GREY, linestyle="none", label="original")
+    outside = [(a, b) for a, b, row in zip(x, y, shown, strict=True) if not row["within_range"]]
+    if outside:
+        ax.plot(*zip(*outside, strict=True), "x", color=RED, markersize=8, label="outside of the perturbation range")
+    chosen = [(a, b) for a, b, row in zip(x, y, shown, strict=True) if row["chosen"]]
+    if chosen:
+        ax.plot(
+            *zip(*chosen, strict=True),
+            marker="o",
+            markersize=12,
+            markerfacecolor="none",
+            markeredgecolor=ORANGE,
+            markeredgewidth=2.5,
+            linestyle="none",
+            label="chosen",
+        )
+    symmetric_log(ax.yaxis, y, margin)
+
+
+def layers_figures(result: Solution) -> list[Figure]:
+    """Parameters of every factorizable layer before and after, with its rank; the largest ones if there are many."""
+    layers = [layer for layer, _ in largest_layers(result)]
+    if not layers:
+        return []
+    every = sum(layer.curve is not None for layer in result.layers)
+    with style():
+        figure = Figure(figsize=(8, 1.4 + 0.2 * len(layers)), layout="constrained")
+        ax = figure.subplots()
+        places = range(len(layers))
+        ax.barh(places, [layer.params_before for layer in layers], color=SKY, alpha=0.5, label="before")
+        ax.barh(places, [layer.params_after for layer in layers], height=0.45, color=BLUE, label="after")
+        for place, layer in zip(places, layers, strict=True):
+            text = "dense" if layer.rank is None else f"rank {layer.rank}/{layer.full_rank}"
+            ax.annotate(text, (layer.params_before, place), (4, 0), textcoords="offset points", va="center", size=7)
+        ax.set_yticks(places, [short_name(layer) for layer in layers], size=7)
+        ax.set_ylim(len(layers) - 0.4, -0.6)
+        ax.grid(visible=False, axis="y")
+        ax.margins(x=0.14)
+        ax.set_xlabel("weight entries of the layer")
+        ax.xaxis.set_major_formatter(_thousands)
+        fewer = f", the {len(layers)} largest of {every}" if len(layers) < every else ""
+        ax.set_title(f"Factorizable layers{fewer}", loc="left")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    return [figure]
+
+
+def ranks_figures(result: Solution) -> list[Figure]:
+    """Heat map: rank over full rank of every layer at every measured point."""
+    layers = [layer for layer, _ in largest_layers(result)]
+    points = [row for row in frontier_rows(result) if row["params_model_kept"] is not None][1:]
+    if not layers or not points or len(points) != len(result.frontier):
+        return []
+    values = [
+        [100 * point.ranks.get(layer.name, layer.full_rank) / layer.full_rank for point in result.frontier]
+        for layer in layers
+    ]
+    with style():
+        figure = Figure(figsize=(3 + 0.55 * len(points), max(1.6 + 0.2 * len(layers), 3.0)), layout="constrained")
+        ax = figure.subplots()
+        image = ax.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
+        ax.set_yticks(range(len(layers)), [short_name(layer) for layer in layers], size=7)
+        labels = [f"{100 * row['params_model_kept']:.1f}" for row in points]
+        ax.set_xticks(range(len(points)), labels, rotation=45 if len(points) > 10 else 0, size=8)
+        for place, row in enumerate(points):
+            if row["chosen"]:
+                ax.axvline(place - 0.5, color=RED, linewidth=2)
+                ax.axvline(place + 0.5, color=RED, linewidth=2)
+        ax.grid(visible=False)
+        ax.set_xlabel("parameters kept, % of the whole model")
+        ax.set_title("Ranks on the frontier (framed: chosen; 100: dense)", loc="left")
+        figure.colorbar(image, ax=ax, label="rank, % of full rank")
+    return [figure]
+
+
+def probes_figures(result: Solution) -> list[Figure]:
+    """Predicted against measured change of the loss, of single layers and of whole allocations."""
+    probes = [row for row in probe_rows(result) if all_finite(row["predicted_change"], row["measured_change"])]
+    points = [point for point in result.frontier if all_finite(point.predicted, point.loss_change)]
+    if not probes and not points:
+        return []
+    series = [
+        (
+            "one layer truncated (calibration split)",
+            BLUE,
+            "o",
+            [(row["predicted_change"], row["measured_change"], finite(row["error"])) for row in probes],
+        ),
+        (
+            "whole model, compensated (selection split)",
+            RED,
+            "s",
+            [(point.predicted, point.loss_change, finite(point.loss_change_error)) for point in points],
+        ),
+    ]
+    with style():
+        figure = Figure(figsize=(6.5, 6), layout="constrained")
+        ax = figure.subplots()
+        for label, colour, marker, triples in series:
+            if triples:
+                x, y, errors = zip(*triples, strict=True)
+                ax.errorbar(
+                    x, y, yerr=errors, fmt=marker, color=colour, markersize=4, alpha=0.7, elinewidth=0.8, label=label
+                )
+        values = [value for *_, triples in series for x, y, _ in triples for value in (x, y)]
+        low, high = min(values), max(values)
+        ax.plot([low, high], [low, high], color=GREY, linewidth=1, label="prediction holds")
+        margin = loss_margin(result)
+        symmetric_log(ax.xaxis, values, margin)
+        symmetric_log(ax.yaxis, values, margin)
+        ax.set_xlabel("predicted change of the loss")
+        ax.set_ylabel("measured change of the loss, std. error")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", frameon=False)
+    return [figure]
+
+
+def _thousands(value: float, _: float) -> str:
+    return f"{value:,.0f}"
+
+
+PICTURES: dict[str, Callable[[Solution], list[Figure]]] = {
+    "frontier": frontier_figures,
+    "layers": layers_figures,
+    "ranks": ranks_figures,
+    "predicted_vs_measured": probes_figures,
+    "spectra": spectra_figures,
+    "curves": curves_figures,
+}

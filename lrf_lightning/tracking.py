@@ -1,0 +1,94 @@
+"""Log a result: to the trainer's metrics, to every logger, and as tables and pictures in a folder.
+
+===========================  ===========================================================================================
+``callback_metrics``         every figure of :mod:`lrf_lightning.summary`, as tensors, on every rank
+W&B                          see :mod:`lrf_lightning.wandb_run`
+any other logger             the same figures through ``log_metrics``
+folder                       ``summary.csv``, ``layers.csv``, ``frontier.csv``, ``ranks.csv``, ``curves.csv``,
+                             ``probes.csv``, and ``frontier.png``, ``layers.png``, ``ranks.png``,
+                             ``predicted_vs_measured.png``, ``spectra.png``, ``curves.png`` (or ``spectra_1.png``, ...)
+===========================  ===========================================================================================
+
+Only rank zero writes. Whatever cannot be written, because a disk is full, a folder is gone or a connection is lost, is
+one warning each and never an error: a run does not fail for its log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from lrf_lightning.best_effort import best_effort
+from lrf_lightning.summary import summary
+from lrf_lightning.tables import curve_rows, frontier_rows, layer_rows, probe_rows, rank_rows, write_csv
+from lrf_lightning.verdict import verdict_sentence
+from lrf_lightning.wandb_run import log_to_wandb
+
+if TYPE_CHECKING:
+    from lrf_lightning.api import CompressionResult
+
+__all__ = ["log_solution"]
+
+
+def log_solution(
+    trainer: Trainer, result: CompressionResult, directory: str | Path, *, log_artifact: bool = True
+) -> None:
+    """Log a result everywhere the user looks.
+
+    Args:
+        trainer: its loggers and its ``callback_metrics`` are used; call this on every rank.
+        result: what the solver found.
+        directory: folder for tables and pictures, and where the compressed model was saved.
+        log_artifact: whether a W&B logger gets the compressed model of that folder as an artifact.
+    """
+    figures = summary(result)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+    if not trainer.is_global_zero:
+        return
+    directory = Path(directory)
+    best_effort("write the tables", lambda: _write_tables(result, figures, directory))
+    pictures = _draw_pictures(result)
+    best_effort("write the pictures", lambda: _write_pictures(pictures, directory))
+    for sink in trainer.loggers:
+        if isinstance(sink, WandbLogger):
+            log_to_wandb(sink, trainer, result, figures, pictures, directory if log_artifact else None)
+        else:
+            best_effort(f"log to {type(sink).__name__}", partial(_log_metrics, sink, figures, trainer.global_step))
+
+
+def _log_metrics(sink: Logger, figures: Mapping[str, float], step: int) -> None:
+    sink.log_metrics(dict(figures), step=step)
+    sink.save()
+
+
+def _write_tables(result: CompressionResult, figures: Mapping[str, float], directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    named = [{"name": name, "value": value} for name, value in figures.items()]
+    named += [{"name": "compress/verdict_sentence", "value": verdict_sentence(result)}]
+    write_csv(directory / "summary.csv", named)
+    write_csv(directory / "layers.csv", layer_rows(result))
+    write_csv(directory / "frontier.csv", frontier_rows(result))
+    write_csv(directory / "ranks.csv", rank_rows(result))
+    write_csv(directory / "curves.csv", curve_rows(result))
+    write_csv(directory / "probes.csv", probe_rows(result))
+
+
+def _draw_pictures(result: CompressionResult) -> dict[str, bytes]:
+    """All pictures as PNG files by name; one that cannot be drawn is missing."""
+    from lrf_lightning.plots import PICTURES, draw
+
+    pictures: dict[str, bytes] = {}
+    for name in PICTURES:
+        best_effort(f"draw {name}", lambda: pictures.update(draw(result, name)))  # noqa: B023 (called at once)
+    return pictures
+
+
+def _write_pictures(pictures: Mapping[str, bytes], directory: Path) -> None:
+    for name, data in pictures.items():
+        (directory / f"{name}.png").write_bytes(data)
