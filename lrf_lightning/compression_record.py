@@ -12,6 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.result import LayerCurve, LayerResult, Solution
 
 __all__ = ["FORMAT_VERSION", "CheckpointError", "check_record", "describe", "parse_record", "to_json"]
@@ -29,28 +32,25 @@ def describe(solution: Solution) -> dict[str, Any]:
     """Everything about a solution but its weights, in plain containers.
 
     Returns:
-        ``format_version``, ``library_version``, ``ranks`` by name, ``factorized`` (kind, shape of the dense weight and
-        rank by name), ``layers``, ``frontier``, ``dense`` (on the selection split), ``certificate``, ``settings``,
-        ``params_model``, ``params_layers`` and ``flops_layers`` (before and after), ``message``, ``seconds`` and
-        ``samples``.
+        ``format_version``, ``library_version``, ``ranks`` of all low-rank layers by name, ``factorized`` (their kind,
+        shape of the dense weight and rank), ``layers``, ``frontier``, ``dense`` (on the selection split),
+        ``certificate``, ``settings``, ``params_model``, ``params_layers`` and ``flops_layers`` (before and after),
+        ``message``, ``seconds`` and ``samples``.
     """
     from lrf_lightning import __version__
 
     plain = {
         field.name: _plain(getattr(solution, field.name))
         for field in dataclasses.fields(solution)
-        if field.name not in ("model", "layers")
+        if field.name not in ("model", "ranks", "layers")
     }
-    factorized = {
-        layer.name: {"kind": layer.kind, "shape": list(layer.shape), "rank": int(solution.ranks[layer.name])}
-        for layer in solution.layers
-        if layer.name in solution.ranks
-    }
+    factorized = _factorized(solution.model)
     return {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
-        **plain,
+        "ranks": {name: layer["rank"] for name, layer in factorized.items()},
         "factorized": factorized,
+        **plain,
         "layers": [_layer(layer) for layer in solution.layers],
     }
 
@@ -100,6 +100,17 @@ def check_record(record: Any, source: str) -> dict[str, Any]:
     if not isinstance(record.get("weights_hash"), str) or not isinstance(record.get("factorized"), dict):
         raise CheckpointError(f"{source} is damaged: its description lacks weights_hash or factorized")
     return record
+
+
+def _factorized(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every low-rank layer, those of an earlier compression and those that share factors included."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankModule):
+            dense = module.to_dense()
+            shape = [int(size) for size in dense.get_parameter("weight").shape]
+            found[name] = {"kind": type(dense).__name__, "shape": shape, "rank": int(module.rank)}
+    return found
 
 
 def _layer(layer: LayerResult) -> dict[str, Any]:
