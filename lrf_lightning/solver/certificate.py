@@ -6,16 +6,14 @@ a margin that was fixed beforehand. A small verification set gives ``inconclusiv
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from statistics import NormalDist
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from lrf_lightning.solver.evaluation import Outcome
-from lrf_lightning.solver.intervals import paired_interval
+from lrf_lightning.solver.intervals import mean_interval, paired_interval, tango_interval
 from lrf_lightning.solver.result import Certificate, Interval, Verdict
 from lrf_lightning.solver.settings import Settings
 
@@ -40,7 +38,7 @@ def certify(
         unchanged: whether nothing was compressed.
 
     Raises:
-        ValueError: if the two outcomes do not pair up.
+        ValueError: if the two outcomes do not pair up, or the original's loss is not finite.
     """
     if dense.losses.shape != compressed.losses.shape or not torch.equal(dense.weights, compressed.weights):
         raise ValueError(
@@ -48,8 +46,10 @@ def certify(
             "compressed model; the loader must yield the same samples in the same order at every iteration"
         )
     before, after = dense.measurement(), compressed.measurement()
+    if not math.isfinite(before.loss):
+        raise ValueError(f"the loss of the original model on verification is {before.loss}; it must be finite")
     loss_margin = default_loss_margin(before.loss) if settings.loss_margin is None else settings.loss_margin
-    loss_change = paired_interval(compressed.losses - dense.losses, dense.weights, settings.confidence)
+    loss_change = mean_interval(compressed.losses - dense.losses, dense.weights, settings.confidence)
     score_change = None
     if dense.scores is not None and compressed.scores is not None:
         score_change = paired_interval(compressed.scores - dense.scores, dense.weights, settings.confidence)
@@ -89,29 +89,33 @@ def default_loss_margin(dense_loss: float) -> float:
 def fit_temperature(outcome: Outcome) -> float | None:
     """The temperature that minimises the cross-entropy of logits / temperature, None without logits.
 
-    Golden-section search over the logarithm, between 1/20 and 20 (Guo et al. 2017, On calibration of modern neural
-    networks, for the idea).
+    The cross-entropy is convex in 1 / temperature and its derivative there is the mean over samples of the expected
+    logit minus the target's logit; the root is bisected between temperatures of 1/20 and 20 (Guo et al. 2017, On
+    calibration of modern neural networks, for the idea).
     """
     if outcome.logits is None or outcome.target is None:
         return None
-    low, high, ratio = math.log(1 / 20), math.log(20), (math.sqrt(5) - 1) / 2
+    known = outcome.target >= 0  # the usual mark of rows without a target, ignore_index, is negative
+    logits, target = outcome.logits[known].double(), outcome.target[known]
+    if len(target) == 0:
+        return None
+    wanted = logits.gather(1, target[:, None]).mean()
+    low, high = math.log(1 / 20), math.log(20)
     for _ in range(40):
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        if _cross_entropy(outcome.logits, outcome.target, a) < _cross_entropy(outcome.logits, outcome.target, b):
-            high = b
-        else:
-            low = a
+        middle = (low + high) / 2
+        expected = ((logits * math.exp(-middle)).softmax(1) * logits).sum(1).mean()
+        low, high = (middle, high) if expected > wanted else (low, middle)
     return math.exp((low + high) / 2)
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, log_temperature: float) -> float:
-    return float(F.cross_entropy(logits.double() / math.exp(log_temperature), target))
+def _cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> float:
+    return float(nn.functional.cross_entropy(logits.double() / temperature, target))
 
 
 def _scaled_loss(outcome: Outcome, temperature: float) -> float | None:
     if outcome.logits is None or outcome.target is None:
         return None
-    return _cross_entropy(outcome.logits, outcome.target, math.log(temperature))
+    return _cross_entropy(outcome.logits, outcome.target, temperature)
 
 
 def _verdict(
@@ -133,19 +137,37 @@ def _verdict(
 def _samples_needed(
     loss: Interval, score: Interval | None, loss_margin: float, settings: Settings, samples: int
 ) -> int | None:
-    """Samples at which the undecided bounds would leave their margins if means and spreads stayed as they are."""
-    quantile = NormalDist().inv_cdf(settings.confidence)
-    rises: Sequence[tuple[Interval, float, float]] = [(loss, loss.mean, loss_margin)]
+    """Samples at which the verdict would be reached if means and spreads stayed as they are, None if none would do."""
+    rises = [(loss, loss_margin)]
     if score is not None:
-        rises = [*rises, (score, -score.mean, settings.score_margin)]
-    needed = 0.0
-    for interval, rise, margin in rises:
-        bound = interval.upper if interval is loss else -interval.lower
-        if bound < margin:
-            continue
-        gap = abs(margin - rise)
-        # a score interval without any change still has the width of about quantile^2 / n
-        deviation = max(interval.standard_error * math.sqrt(interval.pairs), 0.0)
-        pairs = max((quantile * deviation / gap) ** 2, quantile**2 / gap) if gap > 0 else math.inf
-        needed = max(needed, pairs * samples / interval.pairs)
-    return math.ceil(needed) if math.isfinite(needed) and needed > 0 else None
+        rises.append((_negated(score), settings.score_margin))
+    harmful = [(rise, margin) for rise, margin in rises if rise.mean > margin]
+    # one quantity beyond its margin settles the matter, otherwise all must be inside theirs
+    needed = [_pairs_needed(rise, margin, settings.confidence) for rise, margin in harmful or rises]
+    pairs = min(needed) if harmful else max(needed)
+    return math.ceil(pairs * samples / loss.pairs) if math.isfinite(pairs) else None
+
+
+def _pairs_needed(rise: Interval, margin: float, confidence: float) -> float:
+    """Pairs at which the bound of a rise leaves the margin on the side where its mean is."""
+    gap = abs(margin - rise.mean)
+    inside = rise.mean < margin
+    width = rise.upper - rise.mean if inside else rise.mean - rise.lower
+    if gap == 0 or not math.isfinite(width):
+        return math.inf
+    few, many = 0.0, max(rise.pairs * (width / gap) ** 2, 2.0)
+    if rise.method != "tango":
+        return many
+    # with few changes Tango's width falls faster than with the root of the pairs
+    total = rise.standard_error**2 * rise.pairs + rise.mean**2  # share of the pairs that changed
+    up, down = max(total + rise.mean, 0.0) / 2, max(total - rise.mean, 0.0) / 2
+    for _ in range(30):
+        pairs = (few + many) / 2
+        trial = tango_interval(up * pairs, down * pairs, pairs, confidence)
+        outside = (trial.upper - trial.mean if inside else trial.mean - trial.lower) >= gap
+        few, many = (pairs, many) if outside else (few, pairs)
+    return many
+
+
+def _negated(interval: Interval) -> Interval:
+    return dataclasses.replace(interval, mean=-interval.mean, lower=-interval.upper, upper=-interval.lower)

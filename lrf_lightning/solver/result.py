@@ -48,7 +48,7 @@ class Interval:
         lower: one-sided lower confidence bound.
         upper: one-sided upper confidence bound.
         pairs: number of paired differences, samples or batches.
-        method: how the bounds were found, ``"student"`` or ``"tango"`` (paired proportions).
+        method: how the bounds were found, ``"mean"`` (any differences) or ``"tango"`` (paired proportions).
     """
 
     mean: float

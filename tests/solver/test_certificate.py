@@ -1,0 +1,316 @@
+"""The verdict: its rules, its error rates on synthetic paired losses, and the temperature against SciPy."""
+
+import dataclasses
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize
+from torch.nn import functional
+
+from lrf_lightning.solver.certificate import certify, default_loss_margin, fit_temperature
+from lrf_lightning.solver.evaluation import Outcome
+from lrf_lightning.solver.intervals import bootstrap_bound, student_quantile, tango_interval
+from lrf_lightning.solver.settings import Settings
+
+POSITIVE = ("better", "not worse")
+TRIALS = 2000
+
+
+def outcome(losses, scores=None, **more):
+    losses = torch.as_tensor(losses, dtype=torch.float64)
+    scores = None if scores is None else torch.as_tensor(scores, dtype=torch.float64)
+    return Outcome(losses, torch.ones(len(losses), dtype=torch.float64), scores, **more)
+
+
+def verdict(change, score_change=None, **settings):
+    """Verdict on models whose losses (around 1) and scores differ by these tensors."""
+    dense_scores = None if score_change is None else np.where(np.asarray(score_change) < 0, 1.0, 0.0)
+    before = outcome(np.ones(len(change)), dense_scores)
+    after = outcome(1 + np.asarray(change), None if score_change is None else dense_scores + score_change)
+    return certify(before, after, Settings(**settings))
+
+
+# populations of loss differences, many near 0 and few large, as a truncated network's cross-entropies
+
+
+def rare_rises(share):
+    """Small noise, and exponential rises on a share of the samples."""
+
+    def draw(rng, shape):
+        return 0.02 * rng.normal(size=shape) + (rng.random(shape) < share) * rng.exponential(size=shape)
+
+    return draw, share
+
+
+def cross_entropies(center, spread, noise, shift):
+    """softplus(-m') - softplus(-m) for normal margins m, which the compression blurs and shrinks."""
+
+    def difference(m, blur):
+        return np.logaddexp(0, -(m + noise * blur * (1 + 0.2 * np.abs(m)) - shift)) - np.logaddexp(0, -m)
+
+    def draw(rng, shape):
+        return difference(center + spread * rng.normal(size=shape), rng.normal(size=shape))
+
+    nodes, weights = np.polynomial.hermite_e.hermegauss(120)
+    weights = weights / weights.sum()
+    mean = weights @ difference(center + spread * nodes[:, None], nodes[None, :]) @ weights
+    return draw, float(mean)
+
+
+POPULATIONS = {
+    "normal": (lambda rng, shape: 0.2 + rng.normal(size=shape), 0.2),
+    "exponential": (lambda rng, shape: rng.exponential(size=shape), 1.0),
+    "lognormal": (lambda rng, shape: rng.lognormal(0, 1, size=shape), math.exp(0.5)),
+    "10 % rises": rare_rises(0.1),
+    "3 % rises": rare_rises(0.03),
+    "mild": cross_entropies(4, 3, 0.3, 0.05),
+    "strong": cross_entropies(4, 3, 1.0, 0.1),
+    "confident": cross_entropies(8, 4, 1.0, 0.1),
+}
+
+
+def upper_bounds(changes):
+    """The upper bounds of :func:`mean_interval` for many trials at once."""
+    pairs = changes.shape[1]
+    deviations = torch.from_numpy(changes - changes.mean(1, keepdims=True))
+    width = student_quantile(0.95, pairs - 1) * changes.std(1, ddof=1) / math.sqrt(pairs)
+    return changes.mean(1) + np.maximum(width, bootstrap_bound(deviations, 0.95).numpy())
+
+
+def false_claims(name, pairs, trials):
+    """How often a loss that rose by exactly the margin passes."""
+    draw, mean = POPULATIONS[name]
+    rng = np.random.default_rng(pairs)
+    uppers = np.concatenate([upper_bounds(draw(rng, (100, pairs))) for _ in range(trials // 100)])
+    return (uppers < mean).mean()
+
+
+def noise(trials):
+    """Two standard deviations of an error rate of 5 %."""
+    return 2 * math.sqrt(0.05 * 0.95 / trials)
+
+
+@cache
+def score_holds(gained, lost, pairs, margin):
+    return tango_interval(gained, lost, pairs, 0.95).lower > -margin
+
+
+def scores_hold(scores, margin):
+    counts = zip((scores > 0).sum(1).tolist(), (scores < 0).sum(1).tolist(), strict=True)
+    return np.array([score_holds(gained, lost, scores.shape[1], margin) for gained, lost in counts])
+
+
+def changed_scores(rng, shape, fell=0.035, rose=0.015):
+    """Accuracy falls by 2 points; a sample in twenty changes its answer."""
+    drawn = rng.random(shape)
+    return np.where(drawn < fell, -1.0, np.where(drawn < fell + rose, 1.0, 0.0))
+
+
+def test_trials_at_once_are_decided_as_one_by_one():
+    draw, mean = POPULATIONS["10 % rises"]
+    rng = np.random.default_rng(0)
+    # a small true rise, so that some trials pass and others do not
+    changes, scores = draw(rng, (40, 300)) - 0.85 * mean, changed_scores(rng, (40, 300), fell=0.02)
+    passed = (upper_bounds(changes) < mean / 2) & scores_hold(scores, 0.02)
+    singly = [
+        verdict(change, score, loss_margin=mean / 2, score_margin=0.02).verdict in POSITIVE
+        for change, score in zip(changes, scores, strict=True)
+    ]
+    assert 0 < sum(singly) < 40
+    assert passed.tolist() == singly
+
+
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_a_loss_at_its_margin_seldom_passes(name):
+    assert false_claims(name, 200, TRIALS) <= 0.05 + noise(TRIALS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("pairs", [500, 2000])
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_a_loss_at_its_margin_seldom_passes_with_more_pairs(name, pairs):
+    assert false_claims(name, pairs, TRIALS) <= 0.05 + noise(TRIALS)
+
+
+def test_students_t_alone_would_pass_too_often():
+    """Why the interval is wider than Student's: the same trials, decided by the textbook bound."""
+    draw, mean = POPULATIONS["3 % rises"]
+    changes = draw(np.random.default_rng(200), (TRIALS, 200))
+    upper = changes.mean(1) + 1.653 * changes.std(1, ddof=1) / math.sqrt(200)
+    assert (upper < mean).mean() > 0.12
+
+
+@pytest.mark.parametrize("pairs", [200, 500, 2000])
+def test_a_score_at_its_margin_seldom_passes(pairs):
+    scores = changed_scores(np.random.default_rng(0), (TRIALS, pairs))
+    assert scores_hold(scores, 0.02).mean() <= 0.05 + noise(TRIALS)
+
+
+def test_a_model_at_one_margin_or_both_seldom_passes():
+    draw, mean = POPULATIONS["confident"]
+    rng = np.random.default_rng(1)
+    scores, changes = changed_scores(rng, (TRIALS, 200)), draw(rng, (TRIALS, 200))
+    loss_passes, score_passes = upper_bounds(changes) < mean, scores_hold(scores, 0.02)
+    assert (loss_passes & score_passes).mean() <= 0.05
+    # with a loss that is clearly better only the score can stop the model
+    better = upper_bounds(changes - 10 * changes.std()) < 0
+    assert better.all()
+    assert (better & score_passes).mean() <= 0.05 + noise(TRIALS)
+
+
+def test_better_is_seldom_said_of_an_equal_model():
+    draw, mean = POPULATIONS["strong"]
+    changes = draw(np.random.default_rng(2), (TRIALS, 200)) - mean
+    assert (upper_bounds(changes) < 0).mean() <= 0.05 + noise(TRIALS)
+
+
+def test_a_truly_equal_model_is_recognised():
+    """Power: with enough samples the claim is made nearly always."""
+    rng = np.random.default_rng(3)
+    draw, mean = POPULATIONS["strong"]
+    spread = draw(rng, 100_000).std()
+    margin = 4 * spread / math.sqrt(2000)
+    claims = upper_bounds(draw(rng, (200, 2000)) - mean) < margin
+    assert claims.mean() >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "expected"),
+    [(-0.1, 0.1, "better"), (0.0, 0.1, "not worse"), (0.5, 0.1, "worse"), (0.0, 5.0, "inconclusive")],
+)
+def test_rules_for_the_loss(mean, spread, expected):
+    x = np.random.default_rng(0).normal(size=400)
+    x = (x - x.mean()) / x.std()
+    assert verdict(mean + spread * x, loss_margin=0.05).verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("rose", "fell", "expected"), [(30, 10, "better"), (10, 10, "better"), (0, 60, "worse"), (10, 20, "inconclusive")]
+)
+def test_a_better_loss_needs_a_score_that_holds(rose, fell, expected):
+    score = np.zeros(1000)
+    score[:rose], score[rose : rose + fell] = 1, -1
+    certificate = verdict(np.random.default_rng(0).normal(-1, 0.1, size=1000), score, score_margin=0.015)
+    assert certificate.verdict == expected
+    assert certificate.score_change.method == "tango"
+    assert certificate.score_change.mean == pytest.approx((rose - fell) / 1000)
+
+
+def test_few_samples_are_inconclusive():
+    change = np.random.default_rng(0).normal(0, 0.01, size=400)
+    score = np.zeros(400)
+    # without a single changed answer 400 samples still allow a fall by 0.67 points
+    certificate = verdict(change, score)
+    assert certificate.verdict == "inconclusive"
+    assert certificate.samples_needed == pytest.approx(2.7055 / 0.005 - 2.7055, abs=2)
+    assert verdict(change[:1]).verdict == "inconclusive"
+    assert verdict(change[:1]).samples_needed is None
+
+
+@pytest.mark.parametrize("changed", [(0, 0), (4, 6), (2, 12)])
+def test_the_needed_samples_decide_the_verdict(changed):
+    rng = np.random.default_rng(0)
+    rose, fell = changed
+
+    def sample(copies):
+        score = np.zeros(200 * copies)
+        score[: rose * copies], score[rose * copies : (rose + fell) * copies] = 1, -1
+        return np.tile(base, copies), score
+
+    base = rng.normal(0, 0.2, size=200)
+    base -= base.mean()
+    first = verdict(*sample(1), loss_margin=0.01, score_margin=0.03)
+    assert first.verdict == "inconclusive"
+    enough = math.ceil(first.samples_needed / 200)
+    assert verdict(*sample(enough), loss_margin=0.01, score_margin=0.03).verdict in (*POSITIVE, "worse")
+    if enough > 2:
+        assert verdict(*sample(enough // 2), loss_margin=0.01, score_margin=0.03).verdict == "inconclusive"
+
+
+def test_margins_default_to_the_larger_of_two_percent_and_5_thousandths():
+    assert default_loss_margin(1.0) == pytest.approx(0.02)
+    assert default_loss_margin(0.1) == 0.005
+    assert default_loss_margin(-1.0) == pytest.approx(0.02)
+    assert verdict(np.zeros(10)).loss_margin == pytest.approx(0.02)
+    assert verdict(np.zeros(10), loss_margin=0.3).loss_margin == 0.3
+
+
+def test_nothing_compressed_is_unchanged():
+    same = outcome([1.0, 2.0])
+    assert certify(same, same, Settings(), unchanged=True).verdict == "unchanged"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_compressed_model_is_worse(bad):
+    certificate = certify(outcome([1.0, 2.0]), outcome([1.0, bad]), Settings())
+    assert certificate.verdict == "worse"
+    assert certificate.samples_needed is None
+
+
+def test_a_broken_original_is_an_error():
+    with pytest.raises(ValueError, match="loss of the original model on verification is nan; it must be finite"):
+        certify(outcome([1.0, math.nan]), outcome([1.0, 2.0]), Settings())
+
+
+def test_outcomes_must_pair_up():
+    with pytest.raises(ValueError, match="2 pairs for the original and 3 for the compressed"):
+        certify(outcome([1.0, 2.0]), outcome([1.0, 2.0, 3.0]), Settings())
+    batches = dataclasses.replace(outcome([1.0, 2.0]), weights=torch.tensor([4.0, 2.0]).double())
+    with pytest.raises(ValueError, match="same samples in the same order"):
+        certify(outcome([1.0, 2.0]), batches, Settings())
+
+
+def classifier(scale, samples=300, seed=0):
+    torch.manual_seed(seed)
+    logits = torch.randn(samples, 5)
+    target = torch.distributions.Categorical(logits=logits).sample()
+    logits = scale * logits
+    losses = functional.cross_entropy(logits, target, reduction="none").double()
+    return outcome(losses, logits=logits, target=target)
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 4.0])
+def test_temperature_is_scipys_minimum(scale):
+    data = classifier(scale)
+
+    def loss(log_temperature):
+        return float(functional.cross_entropy(data.logits.double() / math.exp(log_temperature), data.target))
+
+    best = optimize.minimize_scalar(loss, bounds=(math.log(1 / 20), math.log(20)), method="bounded")
+    assert fit_temperature(data) == pytest.approx(math.exp(best.x), rel=1e-4)
+
+
+def test_temperature_stays_in_its_range_for_a_perfect_classifier():
+    target = torch.arange(4)
+    data = outcome([0.0] * 4, logits=torch.eye(4) * 5, target=target)
+    assert fit_temperature(data) == pytest.approx(1 / 20, rel=1e-6)
+    assert fit_temperature(dataclasses.replace(data, logits=-torch.eye(4))) == pytest.approx(20, rel=1e-6)
+
+
+def test_rows_without_a_target_do_not_count_for_the_temperature():
+    data = classifier(3.0)
+    logits = torch.cat([data.logits, torch.randn(50, 5) * 100])
+    target = torch.cat([data.target, torch.full((50,), -100)])
+    padded = dataclasses.replace(data, logits=logits, target=target)
+    assert fit_temperature(padded) == pytest.approx(fit_temperature(data))
+    assert fit_temperature(dataclasses.replace(data, logits=None)) is None
+    assert fit_temperature(dataclasses.replace(data, target=torch.full((300,), -100))) is None
+
+
+def test_scaled_losses_are_reported_for_classifiers():
+    dense, compressed = classifier(3.0), classifier(2.0, seed=1)
+    certificate = certify(dense, compressed, Settings(), temperatures=(3.0, 2.5))
+    expected = [
+        float(functional.cross_entropy(data.logits.double() / t, data.target))
+        for data, t in ((dense, 3.0), (compressed, 2.5))
+    ]
+    assert certificate.temperature == 3.0
+    assert certificate.scaled_dense_loss == pytest.approx(expected[0])
+    assert certificate.scaled_compressed_loss == pytest.approx(expected[1])
+    assert certificate.dense.loss > expected[0]
+    plain = certify(dense, compressed, Settings())
+    assert (plain.temperature, plain.scaled_dense_loss, plain.scaled_compressed_loss) == (None, None, None)
