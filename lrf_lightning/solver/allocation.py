@@ -9,7 +9,9 @@ budget is filled greedily. (Sinha and Zoltners 1979, The multiple-choice knapsac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import heapq
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = ["Allocation", "Option", "allocate", "cheapest", "path"]
@@ -45,7 +47,12 @@ def path(options: Mapping[str, Sequence[Option]]) -> list[Allocation]:
     Args:
         options: every layer's options by name, each at least one.
     """
-    return list(_walk(options))
+    chosen, steps = _start_and_steps(options)
+    allocations = [_allocation(chosen)]
+    for name, option in steps:
+        chosen[name] = option
+        allocations.append(_allocation(chosen))
+    return allocations
 
 
 def cheapest(options: Mapping[str, Sequence[Option]]) -> float:
@@ -63,32 +70,58 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> Allocati
     Raises:
         ValueError: if even the cheapest options cost more than the budget.
     """
-    for allocation in _walk(options):
-        if allocation.cost <= budget:
-            return _fill(options, allocation, budget)
-    raise ValueError(f"budget={budget:g} is below {cheapest(options):g}, the lowest cost that the layers can reach")
-
-
-def _fill(options: Mapping[str, Sequence[Option]], start: Allocation, budget: float) -> Allocation:
-    """Spend the rest of the budget on the exchange with the largest gain per cost until none fits."""
-    chosen = {name: _option_of(choices, start.ranks.get(name)) for name, choices in options.items()}
-    left = budget - start.cost
-    while True:
-        best: tuple[float, str, Option] | None = None
-        for name, choices in options.items():
-            now = chosen[name]
-            for option in choices:
-                gain, extra = now.change - option.change, option.cost - now.cost
-                if gain > 0 and extra <= left:
-                    rate = gain / extra if extra > 0 else float("inf")
-                    if best is None or rate > best[0]:
-                        best = (rate, name, option)
-        if best is None:
+    chosen, steps = _start_and_steps(options)
+    cost = sum(option.cost for option in chosen.values())
+    for name, option in steps:
+        if cost <= budget:
             break
-        _, name, option = best
-        left -= option.cost - chosen[name].cost
+        cost += option.cost - chosen[name].cost
         chosen[name] = option
-    return _allocation(chosen)
+    # summed anew, since the running sum of fractional costs may be off by rounding
+    if sum(option.cost for option in chosen.values()) > budget:
+        raise ValueError(f"budget={budget:g} is below {cheapest(options):g}, the lowest cost that the layers can reach")
+    return _allocation(_filled(options, chosen, budget))
+
+
+def _filled(options: Mapping[str, Sequence[Option]], start: Mapping[str, Option], budget: float) -> dict[str, Option]:
+    """Spend the rest of the budget on the exchange with the largest gain per cost until none fits.
+
+    A layer's best exchange can only get worse as the budget shrinks, so that only the one on top of the heap needs to
+    be looked up again.
+    """
+    chosen, names = dict(start), list(options)
+
+    def entry(index: int, left: float) -> tuple[float, int, Option] | None:
+        best = _best_exchange(options[names[index]], chosen[names[index]], left)
+        return None if best is None else (-best[0], index, best[1])
+
+    left = budget - sum(option.cost for option in chosen.values())
+    heap = [found for index in range(len(names)) if (found := entry(index, left)) is not None]
+    heapq.heapify(heap)
+    while heap:
+        _, index, option = heap[0]
+        name = names[index]
+        if option.cost - chosen[name].cost <= left:
+            chosen[name] = option
+            left = budget - sum(option.cost for option in chosen.values())
+        found = entry(index, left)
+        if found is None:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, found)
+    return chosen
+
+
+def _best_exchange(choices: Sequence[Option], now: Option, left: float) -> tuple[float, Option] | None:
+    """The affordable choice with the largest gain per additional cost, and that rate; None if nothing is gained."""
+    best: tuple[float, Option] | None = None
+    for option in choices:
+        gain, extra = now.change - option.change, option.cost - now.cost
+        if gain > 0 and extra <= left:
+            rate = gain / extra if extra > 0 else math.inf
+            if best is None or rate > best[0]:
+                best = (rate, option)
+    return best
 
 
 def _hull(choices: Sequence[Option]) -> list[Option]:
@@ -109,16 +142,13 @@ def _price(expensive: Option, cheap: Option) -> float:
     return (cheap.change - expensive.change) / (expensive.cost - cheap.cost)
 
 
-def _walk(options: Mapping[str, Sequence[Option]]) -> Iterator[Allocation]:
+def _start_and_steps(options: Mapping[str, Sequence[Option]]) -> tuple[dict[str, Option], list[tuple[str, Option]]]:
+    """The choices of the lowest change, and the exchanges that walk down all hulls in the order of their price."""
     hulls = {name: _hull(choices) for name, choices in options.items()}
-    chosen = {name: hull[0] for name, hull in hulls.items()}
-    yield _allocation(chosen)
     steps = sorted(
         (_price(hull[i], hull[i + 1]), i, name) for name, hull in hulls.items() for i in range(len(hull) - 1)
     )
-    for _, index, name in steps:
-        chosen[name] = hulls[name][index + 1]
-        yield _allocation(chosen)
+    return {name: hull[0] for name, hull in hulls.items()}, [(name, hulls[name][i + 1]) for _, i, name in steps]
 
 
 def _allocation(chosen: Mapping[str, Option]) -> Allocation:
@@ -127,7 +157,3 @@ def _allocation(chosen: Mapping[str, Option]) -> Allocation:
         sum(option.cost for option in chosen.values()),
         sum(option.change for option in chosen.values()),
     )
-
-
-def _option_of(choices: Sequence[Option], rank: int | None) -> Option:
-    return next(option for option in choices if option.rank == rank)
