@@ -1,0 +1,174 @@
+"""Train a model, compress it, and report both on the test split: ``python train.py +compress=lossless``.
+
+:func:`train` can be called with any composed config; :func:`main` is the entry point of Hydra.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from lrf_lightning import CompressionResult, LowRankCompression
+
+
+def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run everything that the config asks for.
+
+    Args:
+        cfg: ``conf/train.yaml`` as composed by Hydra.
+
+    Returns:
+        All metrics by name, and the objects that were built: ``cfg``, ``datamodule``, ``model``, ``trainer``, and
+        ``result``, what the compression found (None without a compression).
+
+    Raises:
+        ValueError: if the config asks for something that cannot be.
+    """
+    _check(cfg)
+    seed_everything(cfg.seed, workers=True)
+    if not _has_wandb_account():
+        os.environ.setdefault("WANDB_MODE", "offline")  # W&B would ask for an account on a terminal, and fail elsewhere
+    datamodule: LightningDataModule = instantiate(cfg.data)
+    model: LightningModule = instantiate(cfg.model)
+    callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
+    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+    compression = next((item for item in callbacks if isinstance(item, LowRankCompression)), None)
+    if cfg.train:
+        trainer.fit(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
+    else:
+        # loads the checkpoint and tells the trainer its data
+        trainer.validate(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path, verbose=False)
+        if compression is not None:
+            compression.compress_now(trainer, model)
+    metrics = dict(trainer.callback_metrics)
+    result = None if compression is None else compression.result
+    if cfg.test:
+        metrics |= _test(trainer, model, datamodule, compression)
+    return metrics, {"cfg": cfg, "datamodule": datamodule, "model": model, "trainer": trainer, "result": result}
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train.yaml")
+def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    """Run one job and return what a sweeper optimises, ``cfg.optimized_metric``."""
+    try:
+        metrics, _ = train(cfg)
+    finally:
+        _finish_wandb()
+    _say(f"Checkpoints, logs, tables and the compressed model are in {cfg.paths.output_dir}")
+    return _objective(metrics, cfg.optimized_metric)
+
+
+def _check(cfg: DictConfig) -> None:
+    """Find what would only be noticed after the training."""
+    if isinstance(cfg.get("compress"), str):
+        raise ValueError(
+            f"Hydra took compress={cfg.compress} for a plain value, because it did not find the config group compress: "
+            "the model would not be compressed. Install the package into this environment (pip install -e .), and look "
+            "for the provider lrf_lightning in the output of: python train.py --info searchpath"
+        )
+    if not cfg.train and cfg.ckpt_path is None:
+        raise ValueError("train=false needs a trained model; add ckpt_path=PATH of a checkpoint")
+
+
+def _test(
+    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule, compression: LowRankCompression | None
+) -> dict[str, Any]:
+    """Metrics of the dense model, and those of the compressed one under ``compress/``; both only reported."""
+    rows: dict[str, tuple[int, Mapping[str, float]]] = {}
+    metrics: dict[str, Any] = {}
+    result = None if compression is None else compression.result
+    if result is not None:
+        loggers, trainer.loggers = trainer.loggers, []  # the loggers' test metrics stay those of the dense model
+        try:
+            found = trainer.test(result.model, datamodule=datamodule, verbose=False)[0]
+        finally:
+            trainer.loggers = loggers
+        metrics |= {f"compress/{name}": torch.tensor(value) for name, value in found.items()}
+        rows["compressed"] = result.params_model[1], found
+    if compression is None or not compression.in_place:
+        best = compression is not None and compression.weights == "best"
+        found = trainer.test(model, datamodule=datamodule, ckpt_path="best" if best else None, verbose=False)[0]
+        metrics |= {name: torch.tensor(value) for name, value in found.items()}
+        rows["dense"] = sum(parameter.numel() for parameter in model.parameters()), found
+    for logger in trainer.loggers:
+        logger.log_metrics({name: float(value) for name, value in metrics.items() if name.startswith("compress/")})
+    _print_test(rows, result)
+    return metrics
+
+
+@rank_zero_only
+def _print_test(rows: dict[str, tuple[int, Mapping[str, float]]], result: CompressionResult | None) -> None:
+    names = sorted({name for _, found in rows.values() for name in found})
+    table = Table(title="Test split: only reported, it took no part in any decision", title_justify="left")
+    for heading in ("model", "parameters", *names):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for model, (parameters, found) in sorted(rows.items(), reverse=True):
+        table.add_row(model, f"{parameters:,}", *(f"{found[name]:.4f}" if name in found else "" for name in names))
+    Console().print(table)
+    if result is not None:
+        before, after = result.params_model
+        _say(f"Whole model: {before:,} -> {after:,} parameters ({after / before - 1:+.1%})")
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    Console(highlight=False, markup=False, soft_wrap=True).print(line)
+
+
+def _objective(metrics: Mapping[str, Any], names: str | Sequence[str] | None) -> float | tuple[float, ...] | None:
+    """The value that a sweeper optimises, several of them for several names.
+
+    Raises:
+        ValueError: if there is no metric of that name.
+    """
+    if names is None:
+        return None
+    if not isinstance(names, str):
+        return tuple(float(_objective(metrics, name)) for name in names)  # type: ignore[arg-type]
+    if names not in metrics:
+        raise ValueError(f"optimized_metric={names!r} is no metric of this run; there are {', '.join(sorted(metrics))}")
+    return float(metrics[names])
+
+
+def _has_wandb_account() -> bool:
+    """Whether W&B finds a key without asking: in the environment or, after ``wandb login``, in the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    candidates = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
+    for path in candidates:
+        try:
+            if path and netrc.netrc(str(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _finish_wandb() -> None:
+    """Close the run, so that the next job of a multirun opens its own."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
+if __name__ == "__main__":
+    main()
