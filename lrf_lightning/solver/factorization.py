@@ -30,8 +30,8 @@ class Factors:
 
     Attributes:
         left: shape (g, m, r), columns l_i.
-        right: shape (g, r, n), rows r_i, singular values absorbed; left @ right is the target up to rank r.
-        singular_values: shape (g, min(m, n)), of the target in the metric.
+        right: shape (g, r, n), rows r_i; the product of the first k columns and rows is the best matrix of rank k.
+        singular_values: shape (g, min(m, n)), of the target in the metric, up to one factor common to all groups.
     """
 
     left: Tensor
@@ -50,11 +50,10 @@ class Factors:
     def relative_tail(self) -> Tensor:
         """Norm of what truncation to rank k = 1, 2, ... leaves out over the norm of all, in the metric, shape (r,)."""
         energy = self.singular_values.square().sum(0)
-        total = energy.sum()
-        if total <= 0:
+        tails = energy.flip(0).cumsum(0).flip(0)  # from the small end, where a difference would cancel
+        if tails[0] <= 0:
             return torch.zeros_like(energy)
-        tail = (total - energy.cumsum(0)).clamp_min(0)
-        return (tail / total).sqrt()
+        return (torch.cat([tails[1:], tails.new_zeros(1)]) / tails[0]).sqrt()
 
 
 def factorize(
@@ -92,17 +91,13 @@ def factorize(
     max_rank = min(rows, columns) if max_rank is None else max_rank
     if rows <= columns:
         left, right, values = _by_rows(unit, inner, outer)
-        factors = Factors(left[..., :max_rank], right[..., :max_rank, :] * scale, values * scale)
     else:
-        left, right, values = _by_rows(
-            unit.transpose(1, 2),
-            outer,
-            inner,
-        )
-        factors = Factors(
-            right.transpose(1, 2)[..., :max_rank] * scale, left.transpose(1, 2)[..., :max_rank, :], values * scale
-        )
-    return factors
+        back, front, values = _by_rows(unit.transpose(1, 2), outer, inner)
+        left, right = front.transpose(1, 2), back.transpose(1, 2)
+    for moment in (input_moment, output_moment):
+        if moment is not None:
+            values = values * _share(moment).sqrt()
+    return Factors(left[..., :max_rank], right[..., :max_rank, :] * scale, values * scale)
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
@@ -112,6 +107,13 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     return torch.where(mean > 0, moment / torch.where(mean > 0, mean, torch.ones_like(mean)) + damping * eye, eye)
+
+
+def _share(moment: Tensor) -> Tensor:
+    """Size of every group's moment relative to the largest one, shape (g, 1); ``damped`` takes it out."""
+    trace = moment.to(torch.float64).diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min(0)
+    largest = trace.amax()
+    return torch.where(largest > 0, trace / torch.where(largest > 0, largest, 1.0), 1.0)
 
 
 def _by_rows(
@@ -128,7 +130,9 @@ def _by_rows(
         root, inverse = _roots(outer)
         values, vectors = torch.linalg.eigh(root @ gram @ root)
         left, back = inverse @ vectors, root @ vectors
-    singular_values = values.flip(-1).clamp_min(0).sqrt()
+    # below the rounding of the products nothing is known: count it as zero, so that the rank is the numerical one
+    floor = values.amax(-1, keepdim=True) * target.shape[-1] * torch.finfo(values.dtype).eps
+    singular_values = torch.where(values > floor, values, torch.zeros_like(values)).flip(-1).sqrt()
     left, back = left.flip(-1), back.flip(-1)
     return left, back.transpose(-1, -2) @ target, singular_values
 
