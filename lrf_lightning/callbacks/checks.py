@@ -54,6 +54,8 @@ def check_arguments(*, loss: Any, score: Any, weights: Any, dirpath: Any, loader
         )
     if dirpath is not None and not isinstance(dirpath, (str, os.PathLike)):
         raise MisconfigurationException(f"dirpath={dirpath!r} is no path; give a folder, or None for the log folder")
+    if "://" in str(dirpath):
+        raise MisconfigurationException(f"dirpath={dirpath!r} is a URL; give a folder of a mounted file system")
     for role, loader in loaders.items():
         if loader is not None and not isinstance(loader, str) and not hasattr(loader, "__iter__"):
             raise MisconfigurationException(

@@ -24,13 +24,16 @@ from lrf_lightning.api import compress
 from lrf_lightning.callbacks import checks
 from lrf_lightning.callbacks.best_weights import load_best_weights
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
+from lrf_lightning.checkpoint import lightning_checkpoint, register_structure_hook, save_compressed
 from lrf_lightning.device_batches import DeviceBatches
 from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
 from lrf_lightning.progress import stage_progress
+from lrf_lightning.report import print_report
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.settings import Cost, Metric, Objective, PaperVariant, Settings
 from lrf_lightning.step_loss import Score, StepLoss
 from lrf_lightning.surgery import replace_module
+from lrf_lightning.tracking import log_solution
 
 if TYPE_CHECKING:
     from lrf_lightning.api import CompressionResult
@@ -167,8 +170,6 @@ class LowRankCompression(Callback):
         Raises:
             MisconfigurationException: if loaders, patterns, strategy, checkpoint callback or folder will not do.
         """
-        from lrf_lightning.checkpoint import register_structure_hook
-
         register_structure_hook(pl_module)
         if stage != TrainerFn.FITTING:
             return
@@ -187,6 +188,22 @@ class LowRankCompression(Callback):
             checks.check_folder(directory, create=self.dirpath is not None)
             others = [c for c in trainer.callbacks if isinstance(c, LowRankCompression) and c is not self and c.save]
             checks.check_single_writer(directory, [other._directory(trainer) for other in others])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse compressed checkpoints of a future version.
+
+        Raises:
+            CheckpointError: if the checkpoint is one, or its description is damaged.
+        """
+        from lrf_lightning.lightning_checkpoint import check_version
+
+        check_version(checkpoint)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the optimizers what a compressed checkpoint kept of their state."""
+        from lrf_lightning.optimizer_state import restore_optimizer_states
+
+        restore_optimizer_states(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compress a copy of the module, report, log and save; see the class."""
@@ -250,10 +267,6 @@ class LowRankCompression(Callback):
         self, trainer: Trainer, pl_module: LightningModule, result: CompressionResult, directory: Path
     ) -> None:
         """Report, save and log, each on its own, so that one failure does not cost the others."""
-        from lrf_lightning.checkpoint import lightning_checkpoint, save_compressed
-        from lrf_lightning.report import print_report
-        from lrf_lightning.tracking import log_solution
-
         if self.in_place:
             self._attempt("replace the layers of the live module", lambda: self._replace_layers(pl_module, result))
         if trainer.is_global_zero:
@@ -264,7 +277,8 @@ class LowRankCompression(Callback):
                 "write the Lightning checkpoint",
                 lambda: lightning_checkpoint(trainer, pl_module, result, directory / "compressed.ckpt"),
             )
-        self._attempt("log the results", lambda: log_solution(trainer, result, directory))
+        artifact = self.log_artifact and self.save
+        self._attempt("log the results", lambda: log_solution(trainer, result, directory, log_artifact=artifact))
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from small_modules import CLASSES, FEATURES, QUICK, Classifier, clouds, loader, network, trainer
 from torch import nn
@@ -18,8 +19,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lrf_lightning import LowRankCompression, StepOutput
+from lrf_lightning import LowRankCompression, StepOutput, load_compressed, tracking
 from lrf_lightning.modules import LowRankModule
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch):
+    """Drawing takes longer than everything else here, and has its own tests."""
+    monkeypatch.setattr(tracking, "_draw_pictures", lambda result: {})
 
 
 def compression(**options):
@@ -501,6 +508,42 @@ class TestLifecycle:
         assert "compress/failed" not in run.callback_metrics
 
 
+class TestFiles:
+    """What is written can be taken up again; the formats have their own tests."""
+
+    def test_test_the_best_checkpoint_after_replacement_in_place(self, tmp_path):
+        module, checkpoint = Classifier(), ModelCheckpoint(tmp_path / "checkpoints")
+        callback = compression(save=True, in_place=True, dirpath=tmp_path / "compressed")
+        run = trainer(callbacks=[checkpoint, callback], enable_checkpointing=True)
+        run.fit(module, loader(), loader(seed=1))
+        before = run.test(module, loader(seed=3), verbose=False)[0]["test/loss"]
+        best = run.test(dataloaders=loader(seed=3), ckpt_path="best", verbose=False)[0]["test/loss"]
+        assert not any(isinstance(m, LowRankModule) for m in module.modules()), "the best checkpoint is dense"
+        file = str(tmp_path / "compressed" / "compressed.ckpt")
+        after = run.test(dataloaders=loader(seed=3), ckpt_path=file, verbose=False)[0]["test/loss"]
+        assert any(isinstance(m, LowRankModule) for m in module.modules())
+        assert (after == before, best == before) == (True, False)
+
+    def test_folder_is_loaded_into_a_new_module(self, tmp_path):
+        callback = compression(save=True, dirpath=tmp_path)
+        trainer(callbacks=[callback]).fit(CompiledPart(), loader(), loader(seed=1))
+        x, _ = clouds()
+        loaded = load_compressed(CompiledPart(), tmp_path)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval().net(x), callback.result.model.net(x), rtol=0, atol=0)
+
+    def test_fast_dev_run_leaves_no_files(self, tmp_path):
+        callback = compression(save=True)
+        trainer(callbacks=[callback], fast_dev_run=True).fit(Classifier(), loader(), loader(seed=1))
+        assert callback.result.ranks
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    def test_default_folder_lies_beside_the_logs(self, tmp_path):
+        callback = compression(save=True)
+        trainer(callbacks=[callback], logger=CSVLogger(tmp_path)).fit(Classifier(), loader(), loader(seed=1))
+        assert (tmp_path / "lightning_logs" / "version_0" / "compressed" / "model.safetensors").is_file()
+
+
 class Diverges(Classifier):
     """Its loss overflows in validation."""
 
@@ -641,7 +684,8 @@ class TestBadArguments:
             ({"score": 3}, "score=3 is neither a callable"),
             ({"selection": 3}, "selection=3 is no loader"),
             ({"dirpath": 3}, "dirpath=3 is no path"),
-            ({"include": 3}, "include=3 is not a list of name patterns"),
+            ({"dirpath": "s3://bucket/x"}, "dirpath='s3://bucket/x' is a URL"),
+            ({"include": 3}, "include=3 is not a list of patterns"),
         ],
     )
     def test_construction(self, options, message):
