@@ -68,4 +68,4 @@ def trainer(**options):
     return pl.Trainer(**(defaults | options))
 
 
-QUICK = {"points": 2, "refinements": 0, "compensation_passes": 1, "rows_per_feature": 8}
+QUICK = {"points": 2, "refinements": 0, "rows_per_feature": 8}

@@ -30,7 +30,7 @@ from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.report import print_report
 from lrf_lightning.solver.evaluation import Batches, LossFunction
-from lrf_lightning.solver.settings import Cost, Metric, Objective, PaperVariant, Settings
+from lrf_lightning.solver.settings import Cost, GammaKind, Metric, Objective, PaperVariant, Settings
 from lrf_lightning.step_loss import Score, StepLoss
 from lrf_lightning.surgery import replace_module
 from lrf_lightning.tracking import log_solution
@@ -84,7 +84,7 @@ class LowRankCompression(Callback):
         confidence: one-sided confidence of the verdict, in (0.5, 1).
         points: number of allocations that are measured.
         refinements: bisection steps between them.
-        compensation_passes: passes over the calibration data in which factors are fitted to their real inputs.
+        compensation: whether factors are fitted to the inputs that they will really see.
         damping: relative damping of second moments.
         first_order_errors: standard errors by which first-order terms are shrunk.
         range_factor: largest ratio of measured to predicted change inside the perturbation range.
@@ -98,7 +98,8 @@ class LowRankCompression(Callback):
         frozen: whether layers whose weight does not require a gradient are factorized too.
         min_params: layers with fewer weight entries are left alone.
         variant: which published algorithm ``objective="paper"`` runs.
-        gamma: largest squared relative error of a layer in ``objective="paper"``.
+        gamma: largest error of a layer's weight in ``objective="paper"``.
+        gamma_kind: what ``gamma`` bounds, the ``relative`` squared error or the ``mean_square`` elementwise error.
         seed: seed of everything that is sampled, the split of the validation data included.
 
     Attributes:
@@ -135,7 +136,7 @@ class LowRankCompression(Callback):
         confidence: float = 0.95,
         points: int = 8,
         refinements: int = 3,
-        compensation_passes: int = 4,
+        compensation: bool = True,
         damping: float = 1e-2,
         first_order_errors: float = 2.0,
         range_factor: float = 3.0,
@@ -150,6 +151,7 @@ class LowRankCompression(Callback):
         min_params: int = 0,
         variant: PaperVariant = "lossless",
         gamma: float = 0.1,
+        gamma_kind: GammaKind = "relative",
         seed: int = 0,
     ) -> None:
         arguments = locals()

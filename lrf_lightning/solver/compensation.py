@@ -9,23 +9,29 @@ is found in closed form: T = W C B^(-1) with C = E[x y'] and B = E[y y'] is the 
 constraint, and W_k its truncation in the metric of S and B. Both moments are damped towards the identity, so that
 directions without evidence keep the weight W. No labels, no gradient steps.
 
-A pass runs the dense and the partly compressed model side by side over the calibration data for one group of layers;
-the layers of a group do not see each other's replacement.
+Every layer sees the replacements of *all* layers before it, at the price of one forward pass of both models: the passes
+of all batches run in lockstep (:mod:`lrf_lightning.solver.lockstep`), and when all of them stand before a layer it is
+solved and takes its place. A layer that runs several times in a pass would have to be fitted before its later inputs
+are known; it gets the factors of its dense inputs.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, to_device
 from lrf_lightning.solver.factorization import factorize
-from lrf_lightning.solver.hooks import observe_inputs
+from lrf_lightning.solver.hooks import first_tensor
+from lrf_lightning.solver.lockstep import Run, pause, runs
 from lrf_lightning.solver.statistics import LayerStatistics, Moment, RowSampler
+from lrf_lightning.modules import LowRankModule
 from lrf_lightning.surgery import factorized, replace_module
 
 __all__ = ["build", "compensated_target"]
@@ -38,7 +44,7 @@ def build(
     *,
     metric: str,
     damping: float,
-    passes: int,
+    compensation: bool,
     loss: LossFunction,
     batches: Batches,
     device: torch.device,
@@ -48,56 +54,46 @@ def build(
     """A copy of the dense model in which the named layers have the given ranks.
 
     Args:
-        model: dense model on ``device``; not changed.
+        model: dense model on ``device``; as it was on return.
         layers: statistics by name, in execution order.
         ranks: rank by name; layers that are missing stay dense.
         metric: metric of the factorization.
         damping: relative damping of the moments.
-        passes: passes over the data, 0 for no compensation.
+        compensation: whether factors are fitted to the inputs of the compressed model.
         loss: the user's loss; only its forward pass is used.
-        batches: calibration data.
+        batches: calibration data; all of it is in use at once.
         device: where batches are moved to.
         sampler: chooses rows.
-        advance: called after every batch.
+        advance: called after every layer.
     """
     compressed = copy.deepcopy(model)
-    ordered = [name for name in layers if name in ranks]
-    for number, group in enumerate(_groups(ordered, max(passes, 1))):
-        moments: Mapping[str, tuple[Moment, Moment]] = {}
-        if passes > 0 and number > 0:  # nothing upstream of the first group has changed
-            moments = _paired_moments(
-                model, compressed, {name: layers[name] for name in group}, loss, batches, device, sampler, advance
-            )
-        for name in group:
-            target, inputs = _weight(layers[name]), layers[name].inputs.mean
-            if name in moments:
-                cross, inputs = moments[name][0].mean, moments[name][1].mean
-                target = compensated_target(target, cross, inputs, damping)
-            install(compressed, layers[name], ranks[name], target, inputs, metric=metric, damping=damping)
+    chosen = {name: layer for name, layer in layers.items() if name in ranks}
+
+    def solved(name: str, evidence: _Evidence | None) -> LowRankModule:
+        layer = chosen[name]
+        target, inputs = layer.candidate.matrices().double(), layer.inputs.mean
+        if evidence is not None and evidence.inputs.rows > 0:
+            inputs = evidence.inputs.mean
+            target = compensated_target(target, evidence.cross.mean, inputs, damping)
+        factors = factorize(
+            target,
+            None if metric == "euclidean" else inputs,
+            layer.gradients.mean if metric == "fisher" else None,
+            damping=damping,
+            max_rank=ranks[name],
+        )
+        advance()
+        return factorized(layer.candidate.module, *factors.truncated(ranks[name]))
+
+    fitted = _fitted(chosen) if compensation else []
+    for name in chosen:
+        if name not in fitted:
+            replace_module(compressed, name, solved(name, None))
+    if fitted:
+        fitting = _Fitting({name: chosen[name] for name in fitted}, solved, sampler)
+        for name, new in fitting.run(model, compressed, loss, batches, device).items():
+            replace_module(compressed, name, new)
     return compressed
-
-
-def install(
-    model: nn.Module,
-    layer: LayerStatistics,
-    rank: int,
-    target: Tensor,  # (g, m, n)
-    input_moment: Tensor,  # (g, n, n)
-    *,
-    metric: str,
-    damping: float,
-) -> None:
-    """Replace one layer of ``model`` by the factors of ``target``."""
-    name = layer.candidate.name
-    factors = factorize(
-        target,
-        None if metric == "euclidean" else input_moment,
-        layer.gradients.mean if metric == "fisher" else None,
-        damping=damping,
-        max_rank=rank,
-    )
-    dense = dict(model.named_modules(remove_duplicate=False))[name]
-    replace_module(model, name, factorized(dense, *factors.truncated(rank)))
 
 
 def compensated_target(
@@ -120,53 +116,104 @@ def compensated_target(
     return weight.double() @ correction
 
 
-def _paired_moments(
-    model: nn.Module,
-    compressed: nn.Module,
-    layers: Mapping[str, LayerStatistics],
-    loss: LossFunction,
-    batches: Batches,
-    device: torch.device,
-    sampler: RowSampler,
-    advance: Callable[[], None],
-) -> dict[str, tuple[Moment, Moment]]:
-    """Cross moment E[x y'] and moment E[y y'] of every layer, x from the dense model, y from the compressed one."""
-    moments = {name: (Moment(), Moment()) for name in layers}
-    dense_rows: dict[str, list[Tensor]] = {}
-    dense_modules = {name: layer.candidate.modules_in(model) for name, layer in layers.items()}
-    compressed_modules = {name: layer.candidate.modules_in(compressed) for name, layer in layers.items()}
+@dataclass
+class _Evidence:
+    """Moments E[x y'] and E[y y'] of one layer."""
 
-    def rows(name: str, x: Tensor, size: int, index: int) -> Tensor:
-        layer = layers[name]
+    cross: Moment = field(default_factory=Moment)
+    inputs: Moment = field(default_factory=Moment)
+
+
+def _fitted(layers: Mapping[str, LayerStatistics]) -> list[str]:
+    """The layers that see changed inputs and can be fitted to them before they run again."""
+    names = [name for name, layer in layers.items() if not layer.repeated and not layer.candidate.twins]
+    first = next(iter(layers), None)  # nothing upstream of it changes
+    return [name for name in names if name != first]
+
+
+@dataclass
+class _Fitting:
+    """Solves layers one after the other while the passes of all batches stand before them."""
+
+    layers: Mapping[str, LayerStatistics]
+    solved: Callable[[str, _Evidence | None], LowRankModule]
+    sampler: RowSampler
+    replacements: dict[str, LowRankModule] = field(default_factory=dict)
+
+    def run(
+        self, model: nn.Module, compressed: nn.Module, loss: LossFunction, batches: Batches, device: torch.device
+    ) -> dict[str, LowRankModule]:
+        """The factors of every layer by name; the compressed model still holds the dense ones on return."""
+        sizes: list[int] = []
+
+        def passes() -> Iterator[Callable[[], object]]:
+            for batch in batches:
+                sizes.append(batch_size(batch))
+                moved = to_device(batch, device)
+                yield lambda moved=moved: loss(model, moved)  # type: ignore[misc]
+                yield lambda moved=moved: loss(compressed, moved)  # type: ignore[misc]
+
+        with ExitStack() as stack:
+            for module in (model, compressed):
+                stack.enter_context(evaluation_mode(module))
+                stack.enter_context(self._gates(module, replaced=module is compressed))
+            stack.enter_context(torch.no_grad())
+            started = stack.enter_context(runs(passes()))
+            self._solve(list(zip(sizes, started[::2], started[1::2], strict=True)))
+        return self.replacements
+
+    def _solve(self, passes: list[tuple[int, Run, Run]]) -> None:
+        for _, _, compressed in passes:
+            compressed.resume()
+        for name, layer in self.layers.items():
+            evidence = _Evidence()
+            here = [item for item in enumerate(passes) if _stands_before(item[1][2], name)]
+            for index, (size, dense, compressed) in here:
+                _advance_to(dense, name)
+                if _stands_before(dense, name):
+                    y = self._rows(layer, compressed.event[1], size, index)
+                    evidence.cross.add(self._rows(layer, dense.event[1], size, index), y)
+                    evidence.inputs.add(y, y)
+            self.replacements[name] = self.solved(name, evidence)
+            if len(self.replacements) == len(self.layers):
+                return  # what comes after the last layer is of no interest
+            for _, (_, _, compressed) in here:
+                compressed.resume()
+
+    def _rows(self, layer: LayerStatistics, x: Tensor, size: int, index: int) -> Tensor:
         available = layer.reader.rows_per_sample(x, size)
-        return layer.reader.inputs(x, sampler.positions(layer.candidate, available, index, x.device), size)
+        return layer.reader.inputs(x, self.sampler.positions(layer.candidate, available, index, x.device), size)
 
-    with evaluation_mode(model), evaluation_mode(compressed), torch.no_grad():
-        for index, batch in enumerate(batches):
-            size, moved = batch_size(batch), to_device(batch, device)
-            dense_rows.clear()
+    @contextmanager
+    def _gates(self, model: nn.Module, *, replaced: bool) -> Iterator[None]:
+        """Let the layers pause before they run, and run their replacement if they are to be replaced.
 
-            def on_dense(name: str, x: Tensor, size: int = size, index: int = index) -> None:
-                dense_rows.setdefault(name, []).append(rows(name, x, size, index))
+        The tree of modules stays as it is, since a step may be in the middle of it.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        gated = {name: modules[name] for name in self.layers}
+        for name, module in gated.items():
+            module.forward = self._gate(name, module.forward, replaced)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for module in gated.values():
+                module.__dict__.pop("forward", None)
 
-            def on_compressed(name: str, y: Tensor, size: int = size, index: int = index) -> None:
-                y_rows, x_rows = rows(name, y, size, index), dense_rows[name].pop(0)
-                moments[name][0].add(x_rows, y_rows)
-                moments[name][1].add(y_rows, y_rows)
+    def _gate(self, name: str, forward: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if name not in self.replacements:
+                pause((name, first_tensor(name, args, kwargs)))
+            return self.replacements[name](*args, **kwargs) if replaced else forward(*args, **kwargs)
 
-            with observe_inputs(dense_modules, on_dense):
-                loss(model, moved)
-            with observe_inputs(compressed_modules, on_compressed):
-                loss(compressed, moved)
-            advance()
-    return moments
-
-
-def _groups(names: Sequence[str], count: int) -> list[list[str]]:
-    """Split into ``count`` runs of nearly equal length, the first ones shorter; empty runs are dropped."""
-    bounds = [round(i * len(names) / count) for i in range(count + 1)]
-    return [list(names[a:b]) for a, b in itertools.pairwise(bounds) if b > a]
+        return run
 
 
-def _weight(layer: LayerStatistics) -> Tensor:
-    return layer.candidate.matrices().double()
+def _stands_before(run: Run, name: str) -> bool:
+    return not run.finished and run.event is not None and run.event[0] == name
+
+
+def _advance_to(run: Run, name: str) -> None:
+    """Let a dense pass go on until it stands before a layer, or ends without having met it."""
+    while not run.finished and not _stands_before(run, name):
+        run.resume()

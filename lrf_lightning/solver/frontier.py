@@ -94,7 +94,7 @@ class Frontier:
                 ranks,
                 metric=settings.metric,
                 damping=settings.damping,
-                passes=settings.compensation_passes,
+                compensation=settings.compensation,
                 loss=work.loss,
                 batches=work.calibration,
                 device=work.device,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["frozen_parameters", "observe_gradients", "observe_inputs"]
+__all__ = ["first_tensor", "frozen_parameters", "observe_gradients", "observe_inputs"]
 
 OnGradient = Callable[[Tensor], None]
 OnForward = Callable[[str, Tensor, Tensor], "OnGradient | None"]
@@ -39,7 +39,7 @@ def observe_gradients(layers: Layers, on_forward: OnForward) -> Iterator[None]:
 
     def hook(name: str, first: nn.Module) -> Callable[[nn.Module, Any, Any, Any], Tensor]:
         def observe(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            on_gradient = on_forward(name, _input(name, args, kwargs), _as_if(first, module, output.detach()))
+            on_gradient = on_forward(name, first_tensor(name, args, kwargs), _as_if(first, module, output.detach()))
             if on_gradient is None:
                 return output
             if not output.requires_grad:
@@ -67,7 +67,7 @@ def observe_gradients(layers: Layers, on_forward: OnForward) -> Iterator[None]:
 
 @contextmanager
 def observe_inputs(layers: Layers, on_input: OnInput) -> Iterator[None]:
-    """Call ``on_input(name, input)`` before every call of a layer.
+    """Call ``onfirst_tensor(name, input)`` before every call of a layer.
 
     Args:
         layers: module, or modules that share a weight, by name.
@@ -76,7 +76,7 @@ def observe_inputs(layers: Layers, on_input: OnInput) -> Iterator[None]:
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
-            on_input(name, _input(name, args, kwargs))
+            on_input(name, first_tensor(name, args, kwargs))
 
         return observe
 
@@ -111,7 +111,7 @@ def _sequences(layers: Layers) -> Iterator[tuple[str, Sequence[nn.Module]]]:
         yield name, [modules] if isinstance(modules, nn.Module) else modules
 
 
-def _input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The layer's input, which some models pass by keyword."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):

@@ -51,7 +51,7 @@ def solve(
     started = time.perf_counter()
     _check_weights(model)
     if settings.objective == "paper":  # the published algorithm knows neither metrics nor compensation
-        settings = dataclasses.replace(settings, metric="euclidean", compensation_passes=0)
+        settings = dataclasses.replace(settings, metric="euclidean", compensation=False)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     working = copy.deepcopy(model).to(device)
     prepare(working)
@@ -191,14 +191,20 @@ def _choose_paper(frontier: Frontier) -> tuple[FrontierPoint | None, str]:
     settings = frontier.work.settings
     ranks: dict[str, int] = {}
     for name, curve in frontier.work.curves.items():
-        rank = greedy_rank(
-            curve.prediction.first_order, curve.prediction.perturbation, settings.gamma, settings.variant
-        )
+        gamma = settings.gamma
+        if settings.gamma_kind == "mean_square":
+            gamma /= _mean_square(frontier.work.layers[name])
+        rank = greedy_rank(curve.prediction.first_order, curve.prediction.perturbation, gamma, settings.variant)
         if rank is not None:
             ranks[name] = rank
     if not ranks:
         return None, f"No layer has a rank with a falling first-order loss within gamma={settings.gamma:g}."
     return frontier.with_ranks(ranks), f"Ranks of the published greedy algorithm ({settings.variant})."
+
+
+def _mean_square(layer: LayerStatistics) -> float:
+    """Mean squared entry of the weight, 1 for a zero weight."""
+    return float(layer.candidate.module.get_parameter("weight").detach().double().square().mean()) or 1.0
 
 
 def _solution(

@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-__all__ = ["Cost", "Metric", "Objective", "Settings"]
+__all__ = ["Cost", "GammaKind", "Metric", "Objective", "PaperVariant", "Settings"]
 
 Objective = Literal["lossless", "compact", "budget", "paper"]
 Metric = Literal["euclidean", "activation", "fisher"]
 Cost = Literal["params", "flops"]
 PaperVariant = Literal["lossless", "compact"]
+GammaKind = Literal["relative", "mean_square"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,7 @@ class Settings:
         confidence: one-sided confidence of the verdict's bounds, in (0.5, 1).
         points: number of allocations that are measured for the frontier, at least 2.
         refinements: bisection steps that ``compact`` and ``lossless`` add between frontier points.
-        compensation_passes: passes over the calibration data in which factors are fitted to the inputs they will
-            really see; 0 turns the compensation off.
+        compensation: whether factors are fitted to the inputs that they will really see, layer after layer.
         damping: relative damping of the second moments of inputs and gradients, at least 0.
         first_order_errors: standard errors by which a first-order term is shrunk towards 0 before it is believed.
         range_factor: a rank is inside the perturbation range while measured and predicted change differ by no more
@@ -58,7 +58,9 @@ class Settings:
             require one either.
         min_params: layers with fewer weight entries are left alone.
         variant: which of the published algorithms ``paper`` runs, ``lossless`` or ``compact``.
-        gamma: largest squared relative error of a layer's weight in ``paper``, in (0, 1].
+        gamma: largest error of a layer's weight in ``paper``, above 0, and at most 1 if relative.
+        gamma_kind: what ``gamma`` bounds, ``relative`` (the squared error over the weight's squared norm) or
+            ``mean_square`` (the mean squared elementwise error, where the published value is 1e-4).
         seed: seed of everything that is sampled.
     """
 
@@ -74,7 +76,7 @@ class Settings:
     confidence: float = 0.95
     points: int = 8
     refinements: int = 3
-    compensation_passes: int = 4
+    compensation: bool = True
     damping: float = 1e-2
     first_order_errors: float = 2.0
     range_factor: float = 3.0
@@ -89,6 +91,7 @@ class Settings:
     min_params: int = 0
     variant: PaperVariant = "lossless"
     gamma: float = 0.1
+    gamma_kind: GammaKind = "relative"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,7 +101,8 @@ class Settings:
         _check_choice("variant", self.variant, get_args(PaperVariant))
         _check_number("keep", self.keep, above=0, most=1)
         _check_number("confidence", self.confidence, above=0.5, below=1)
-        _check_number("gamma", self.gamma, above=0, most=1)
+        _check_choice("gamma_kind", self.gamma_kind, get_args(GammaKind))
+        _check_number("gamma", self.gamma, above=0, most=1 if self.gamma_kind == "relative" else None)
         _check_number("range_factor", self.range_factor, least=1)
         if self.loss_margin is not None:
             _check_number("loss_margin", self.loss_margin, least=0)
@@ -106,14 +110,15 @@ class Settings:
             _check_number(name, getattr(self, name), least=0)
         for name, least in (("points", 2), ("rows_per_feature", 1), ("rank_multiple", 1)):
             _check_whole(name, getattr(self, name), least)
-        for name in ("refinements", "compensation_passes", "min_params"):
+        for name in ("refinements", "min_params"):
             _check_whole(name, getattr(self, name), 0)
         for name in ("include", "exclude", "types", "exclude_types"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.predicate is not None and not callable(self.predicate):
             raise ValueError(f"predicate={self.predicate!r} is no callable; give predicate(name, module) or None")
-        if not isinstance(self.frozen, bool):
-            raise ValueError(f"frozen={self.frozen!r} is neither True nor False")
+        for name in ("compensation", "frozen"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
 
     @property
     def layer_choice(self) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class LayerStatistics:
         inputs: moment of the input rows.
         gradients: moment of the output-gradient rows.
         rows_per_sample: tokens or positions per sample, the mean over the calls.
+        repeated: whether it runs several times in one pass.
         order: place of the layer's first call in the execution order, -1 if it never ran.
         problem: why the layer cannot be used, empty if it can.
     """
@@ -71,6 +72,7 @@ class LayerStatistics:
     inputs: Moment = field(default_factory=Moment)
     gradients: Moment = field(default_factory=Moment)
     rows_per_sample: float = 0.0
+    repeated: bool = False
     order: int = -1
     problem: str = ""
 
@@ -128,6 +130,7 @@ def collect_statistics(
     """
     layers = {c.name: LayerStatistics(c, row_reader(c)) for c in candidates}
     seen: list[str] = []
+    last_batch: dict[str, int] = {}
     calls: dict[str, float] = dict.fromkeys(layers, 0.0)
 
     def on_forward(name: str, x: Tensor, output: Tensor, size: int, index: int) -> Callable[[Tensor], None] | None:
@@ -135,6 +138,8 @@ def collect_statistics(
         if name not in seen:
             layer.order = len(seen)
             seen.append(name)
+        layer.repeated = layer.repeated or last_batch.get(name) == index
+        last_batch[name] = index
         if layer.problem:
             return None
         try:
