@@ -40,7 +40,9 @@ class Prediction:
 
     def change(self, errors: float) -> Tensor:
         """First-order change, believed only beyond ``errors`` standard errors from 0, plus curvature."""
-        return shrink(self.first_order, self.standard_error * errors) + self.curvature
+        # a single sample has an infinite standard error: 0 times that is 0 here, the figure is taken at face value
+        threshold = self.standard_error * errors if errors > 0 else torch.zeros_like(self.standard_error)
+        return shrink(self.first_order, threshold) + self.curvature
 
 
 @dataclass
