@@ -67,7 +67,7 @@ def observe_gradients(layers: Layers, on_forward: OnForward) -> Iterator[None]:
 
 @contextmanager
 def observe_inputs(layers: Layers, on_input: OnInput) -> Iterator[None]:
-    """Call ``onfirst_tensor(name, input)`` before every call of a layer.
+    """Call ``on_input(name, input)`` before every call of a layer.
 
     Args:
         layers: module, or modules that share a weight, by name.

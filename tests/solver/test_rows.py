@@ -1,0 +1,141 @@
+"""Rows of every layer kind against per-sample gradients from autograd, in float64."""
+
+import copy
+
+import pytest
+import torch
+from layer_catalogue import BATCH, CONVOLUTIONS, EVERY_CASE, LINEAR, TRANSPOSED
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from lrf_lightning.solver.rows import UnreadableRowsError, row_reader
+from lrf_lightning.surgery import Candidate, low_rank_type
+
+
+class Read:
+    """A layer with an input, an output gradient, and the gradient of its weight for every sample."""
+
+    def __init__(self, layer: nn.Module, x: Tensor, samples: int = BATCH):
+        self.layer, self.x, self.samples = layer, x, samples
+        matrices = low_rank_type(layer).matrices(layer)
+        self.candidate = Candidate("layer", type(layer).__name__, layer, *matrices.shape)
+        self.reader = row_reader(self.candidate)
+        self.output = layer(x).detach()
+        self.grad = torch.randn_like(self.output)
+        left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+        self.left, self.right = left * values[:, None], right
+
+    def gradient(self, rows) -> Tensor:
+        """Gradient of the matrices for part of the output, shape (g, m, n)."""
+        weight = self.layer.weight.detach().requires_grad_()
+        output = functional_call(self.layer, {"weight": weight}, self.x)
+        (gradient,) = torch.autograd.grad((output * self.grad)[rows].sum(), weight)
+        twin = copy.deepcopy(self.layer)
+        twin.weight.data = gradient
+        return low_rank_type(twin).matrices(twin)
+
+    def gradients(self) -> Tensor:
+        size = len(self.output) // self.samples
+        return torch.stack([self.gradient(slice(n * size, (n + 1) * size)) for n in range(self.samples)])
+
+
+@pytest.fixture(params=EVERY_CASE.values(), ids=EVERY_CASE)
+def read(request) -> Read:
+    case = request.param
+    return Read(case.dense().double(), case.inputs(torch.float64))
+
+
+def test_components_are_the_derivatives_along_the_components(read):
+    projected = read.reader.project(read.x.to(read.right.dtype), read.right, BATCH)
+    got = read.reader.components(projected, read.grad, read.left, BATCH)
+    assert_close(got, torch.einsum("bgmn,gmk,gkn->bk", read.gradients(), read.left, read.right))
+
+
+def test_inner_is_the_derivative_along_the_weight(read):
+    bias = read.layer._parameters.get("bias")
+    got = read.reader.inner(read.grad, read.output, None if bias is None else bias.detach(), BATCH)
+    assert_close(got, torch.einsum("bgmn,gmn->b", read.gradients(), read.candidate.matrices()))
+
+
+def test_rows_reproduce_the_gradient_of_the_weight(read):
+    available = read.reader.rows_per_sample(read.x, BATCH)
+    inputs, gradients = read.reader.inputs(read.x, None, BATCH), read.reader.gradients(read.grad, None, BATCH)
+    groups, rows, columns = read.candidate.groups, read.candidate.rows, read.candidate.columns
+    assert inputs.shape == (groups, BATCH * available, columns)
+    assert gradients.shape == (groups, BATCH * available, rows)
+    shape = (groups, BATCH, available)
+    per_sample = torch.einsum(
+        "gbrm,gbrn->bgmn", gradients.reshape(*shape, rows), inputs.reshape(*shape, columns).to(gradients.dtype)
+    )
+    assert_close(per_sample, read.gradients())
+
+
+def test_positions_take_the_same_rows_of_both_sides(read):
+    available = read.reader.rows_per_sample(read.x, BATCH)
+    positions = torch.arange(available)[::2]
+    for rows, tensor in ((read.reader.inputs, read.x), (read.reader.gradients, read.grad)):
+        everything = rows(tensor, None, BATCH)
+        expected = everything.reshape(everything.shape[0], BATCH, available, -1)[:, :, positions]
+        assert_close(rows(tensor, positions, BATCH), expected.flatten(1, 2))
+
+
+@pytest.mark.parametrize("case", [CONVOLUTIONS[2]["strided"], TRANSPOSED[2]["strided"]], ids=["conv", "transposed"])
+def test_a_sample_may_have_several_images(case):
+    layer, x = case.dense().double(), torch.randn(6, *case.shape[1:], dtype=torch.float64)
+    read = Read(layer, x, samples=3)
+    assert read.reader.rows_per_sample(x, 3) == 2 * read.reader.rows_per_sample(x, 6)
+    got = read.reader.components(read.reader.project(x, read.right, 3), read.grad, read.left, 3)
+    assert_close(got, torch.einsum("bgmn,gmk,gkn->bk", read.gradients(), read.left, read.right))
+    positions = torch.tensor([0, 2])
+    assert len(read.reader.inputs(x, positions, 3)[0]) == len(read.reader.gradients(read.grad, positions, 3)[0])
+
+
+@pytest.mark.parametrize(("length", "batch"), [(4, 3), (6, 3), (6, 2)])
+def test_time_major_tokens_belong_to_their_samples(length, batch):
+    """A length that is a multiple of the batch looks like windows otherwise."""
+    layer = LINEAR["tokens"].dense().double()
+    read = Read(layer, torch.randn(length, batch, 7, dtype=torch.float64))
+    got = read.reader.components(read.reader.project(read.x, read.right, batch), read.grad, read.left, batch)
+    gradients = torch.stack([read.gradient((slice(None), n)) for n in range(batch)])
+    assert_close(got, torch.einsum("bgmn,gmk,gkn->bk", gradients, read.left, read.right))
+
+
+def test_windows_belong_to_their_samples():
+    layer = LINEAR["tokens"].dense().double()
+    read = Read(layer, torch.randn(6, 4, 7, dtype=torch.float64), samples=3)
+    got = read.reader.components(read.reader.project(read.x, read.right, 3), read.grad, read.left, 3)
+    assert_close(got, torch.einsum("bgmn,gmk,gkn->bk", read.gradients(), read.left, read.right))
+    assert read.reader.rows_per_sample(read.x, 3) == 8
+
+
+def test_output_size_of_a_transposed_convolution_is_read_from_the_gradient():
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1).double()
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    output = layer(x, [10, 6])
+    grad = torch.randn_like(output)
+    (expected,) = torch.autograd.grad((output * grad).sum(), layer.weight)
+    reader = Read(layer, x).reader
+    product = reader.gradients(grad, None, 2).transpose(1, 2) @ reader.inputs(x, None, 2)
+    assert_close(product[0], expected.reshape(4, -1).T)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "batch"),
+    [
+        (nn.Linear(7, 5), (5, 3, 7), 2),
+        (nn.Linear(7, 5), (7,), 1),
+        (nn.Conv2d(4, 6, 3), (3, 4, 7, 7), 2),
+        (nn.Conv2d(4, 6, 3), (4, 7, 7), 1),
+        (nn.ConvTranspose1d(4, 6, 3), (3, 4, 7), 2),
+    ],
+)
+def test_rows_without_samples_are_refused(layer, shape, batch):
+    with pytest.raises(UnreadableRowsError, match="cannot be assigned to samples"):
+        Read(layer, torch.randn(shape)).reader.rows_per_sample(torch.randn(shape), batch)
+
+
+def test_large_tables_are_refused():
+    reader = Read(nn.Embedding(2049, 4), torch.randint(2049, (2, 3))).reader
+    with pytest.raises(UnreadableRowsError, match="has 2049 entries; the solver takes embeddings of at most 2048"):
+        reader.rows_per_sample(torch.zeros(2, 3, dtype=torch.long), 2)
