@@ -50,6 +50,12 @@ class _Derivatives:
     heads: list[Tensor]  # per batch (B, r): z of the components that are projected
     totals: list[Tensor]  # per batch (B,): sum of z over all components
 
+    def joined(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Both over all samples; those of batches in which the layer did not run do not depend on it, and come last."""
+        heads, totals = torch.cat(self.heads), torch.cat(self.totals)
+        idle = samples - len(totals)
+        return torch.cat([heads, heads.new_zeros(idle, heads.shape[1])]), torch.cat([totals, totals.new_zeros(idle)])
+
 
 def component_derivatives(
     model: nn.Module,
@@ -105,8 +111,8 @@ def component_derivatives(
                 calls.clear()
         advance()
 
-    backward_passes(model, layers, loss, batches, device, on_forward, flush)
-    return {name: (torch.cat(d.heads), torch.cat(d.totals)) for name, d in collected.items()}
+    samples = backward_passes(model, layers, loss, batches, device, on_forward, flush)
+    return {name: d.joined(samples) for name, d in collected.items()}
 
 
 def predict(
