@@ -1,0 +1,84 @@
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import FSDPStrategy
+from small_modules import Classifier
+from torch import nn
+
+from lrf_lightning.callbacks import checks
+from lrf_lightning.solver.settings import Settings
+
+
+class TestProcesses:
+    def test_one_process_is_fine(self):
+        checks.check_processes(SimpleNamespace(strategy=object(), world_size=1))
+
+    def test_sharded_strategies_are_refused(self):
+        strategy = FSDPStrategy.__new__(FSDPStrategy)
+        with pytest.raises(MisconfigurationException, match=r"does not support FSDPStrategy.*without the callback"):
+            checks.check_processes(SimpleNamespace(strategy=strategy, world_size=1))
+
+
+class TestFolder:
+    def test_is_created_only_on_request(self, tmp_path):
+        checks.check_folder(tmp_path / "a" / "b", create=False)
+        assert not (tmp_path / "a").exists()
+        checks.check_folder(tmp_path / "a" / "b", create=True)
+        assert (tmp_path / "a" / "b").is_dir()
+        assert list((tmp_path / "a" / "b").iterdir()) == []
+
+    def test_a_file_in_the_way(self, tmp_path):
+        (tmp_path / "file").touch()
+        for create in (False, True):
+            with pytest.raises(MisconfigurationException, match=r"cannot be written.*or save=False"):
+                checks.check_folder(tmp_path / "file" / "folder", create=create)
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+    def test_no_permission(self, tmp_path):
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(MisconfigurationException, match="cannot be written"):
+            checks.check_folder(tmp_path / "locked" / "folder", create=False)
+
+    def test_several_writers(self, tmp_path):
+        checks.check_single_writer(tmp_path, [tmp_path / "other"])
+        with pytest.raises(MisconfigurationException, match="give each of them its own dirpath"):
+            checks.check_single_writer(tmp_path, [tmp_path])
+
+
+class TestLayers:
+    def test_models_that_are_built_later_are_not_looked_at(self):
+        class Later(Classifier):
+            def __init__(self):
+                super().__init__(nn.Identity())
+
+            def configure_model(self):
+                self.net = nn.Linear(12, 12)
+
+        checks.check_layers(Later(), Settings(include=("head",)))
+
+    def test_reasons_are_named(self):
+        class Embeds(Classifier):
+            def __init__(self):
+                super().__init__(nn.Bilinear(3, 3, 3))
+
+        with pytest.warns(UserWarning, match=r"no layer of Embeds.*net: Bilinear is not supported.*left unchanged"):
+            checks.check_layers(Embeds(), Settings())
+
+    def test_no_weights_at_all(self):
+        with pytest.warns(UserWarning, match="it has no weight matrices"):
+            checks.check_layers(Classifier(nn.Sequential(nn.ReLU(), nn.LayerNorm(3))), Settings())
+
+
+def test_best_weights_need_checkpoints():
+    checks.check_best_weights(SimpleNamespace(checkpoint_callback=None, fast_dev_run=1))
+    checks.check_best_weights(SimpleNamespace(checkpoint_callback=object(), fast_dev_run=0))
+    with pytest.raises(MisconfigurationException, match="needs a ModelCheckpoint"):
+        checks.check_best_weights(SimpleNamespace(checkpoint_callback=None, fast_dev_run=0))
+
+
+def test_arguments_of_every_allowed_kind():
+    for loader in ("val_dataloader", [torch.ones(2)], iter([]), None):
+        checks.check_arguments(loss=len, score="val/acc", weights="best", dirpath="x", loaders={"selection": loader})
