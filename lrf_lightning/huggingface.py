@@ -1,0 +1,77 @@
+"""Compressed models of the transformers library as folders in its layout.
+
+The methods of the same names of a transformers model cannot be used: ``save_pretrained`` would write the factors, but
+``from_pretrained`` would build dense layers, find no weights for them and leave them at random values with a warning.
+
+transformers itself is imported only here, when a function is called.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lrf_lightning import safe_files
+from lrf_lightning.checkpoint import load_compressed, save_compressed
+from lrf_lightning.compression_record import CheckpointError
+from lrf_lightning.safe_files import AnyPath
+from lrf_lightning.solver.result import Solution
+
+__all__ = ["from_pretrained", "save_pretrained"]
+
+CONFIG_FILE = "config.json"
+
+
+def save_pretrained(solution: Solution, path: AnyPath) -> Path | str:
+    """Write ``config.json`` beside ``model.safetensors`` and ``compression.json``.
+
+    Args:
+        solution: what :func:`lrf_lightning.compress` returned for a transformers model.
+        path: a folder, or the URL of one that fsspec understands.
+
+    Returns:
+        The folder; a URL as the string it was.
+
+    Raises:
+        TypeError: if the model has no configuration of the transformers library.
+        OSError: if a file cannot be written; the model stays in ``solution.model``.
+    """
+    model: Any = solution.model
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_json_string"):
+        raise TypeError(
+            f"{type(model).__name__} has no configuration of the transformers library; use solution.save(path)"
+        )
+    safe_files.make_folder(path)
+    # all values, not only those that differ from the defaults, which may change
+    text = config.to_json_string(use_diff=False)
+    safe_files.write_bytes(safe_files.join(path, CONFIG_FILE), text.encode())
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        text = generation.to_json_string(use_diff=False)
+        safe_files.write_bytes(safe_files.join(path, "generation_config.json"), text.encode())
+    return save_compressed(solution, path)
+
+
+def from_pretrained(model_class: Any, path: AnyPath) -> nn.Module:
+    """Build a compressed model from a folder that :func:`save_pretrained` wrote, in evaluation mode.
+
+    Args:
+        model_class: the class of the model, or one of transformers' classes such as ``AutoModelForCausalLM``.
+        path: the folder, on the local disk.
+
+    Raises:
+        CheckpointError: if the folder has no configuration, or see :func:`lrf_lightning.load_compressed`.
+    """
+    from transformers import AutoConfig, GenerationConfig  # type: ignore[import-not-found,unused-ignore]
+
+    if not safe_files.file_exists(safe_files.join(path, CONFIG_FILE)):
+        raise CheckpointError(f"the folder {str(path)!r} holds no {CONFIG_FILE}, so no model of transformers")
+    config = AutoConfig.from_pretrained(str(path))
+    make = model_class.from_config if hasattr(model_class, "from_config") else model_class
+    model = load_compressed(lambda: make(config), path).eval()
+    if safe_files.file_exists(safe_files.join(path, "generation_config.json")):
+        model.generation_config = GenerationConfig.from_pretrained(str(path))
+    return model
