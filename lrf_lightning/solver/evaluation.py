@@ -200,23 +200,30 @@ def _to_cpu(output: StepOutput, keep_logits: bool) -> StepOutput:
 
 
 def _join(outputs: list[StepOutput], sizes: list[int]) -> Outcome:
-    counts = torch.tensor(sizes, dtype=torch.float64)
-    per_sample = all(output.loss.dim() == 1 for output in outputs)
     has_scores = all(output.score is not None for output in outputs)
-    scores = [output.score for output in outputs if output.score is not None]
-    per_sample = per_sample and (not has_scores or all(score.dim() == 1 for score in scores))
+    losses = [output.loss for output in outputs]
+    scores = [output.score for output in outputs if output.score is not None] if has_scores else []
+    # the mean over one sample is that sample's figure
+    per_sample = all(values.dim() == 1 or size == 1 for values, size in zip(losses + scores, sizes * 2, strict=False))
     if per_sample:
-        losses, weights = (
-            torch.cat([output.loss for output in outputs]),
-            torch.ones(int(counts.sum()), dtype=torch.float64),
-        )
-        joined = torch.cat(scores) if has_scores else None
+        join, weights = _concatenated, torch.ones(sum(sizes), dtype=torch.float64)
     else:
-        losses, weights = torch.stack([output.loss.mean() for output in outputs]), counts
-        joined = torch.stack([score.mean() for score in scores]) if has_scores else None
+        join, weights = _means, torch.tensor(sizes, dtype=torch.float64)
     logits = [output.logits for output in outputs if output.logits is not None]
     target = [output.target for output in outputs if output.target is not None]
     complete = len(logits) == len(target) == len(outputs)
     return Outcome(
-        losses, weights, joined, torch.cat(logits) if complete else None, torch.cat(target) if complete else None
+        join(losses),
+        weights,
+        join(scores) if has_scores else None,
+        torch.cat(logits) if complete else None,
+        torch.cat(target) if complete else None,
     )
+
+
+def _concatenated(values: list[Tensor]) -> Tensor:
+    return torch.cat([value.reshape(-1) for value in values])
+
+
+def _means(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.mean() for value in values])

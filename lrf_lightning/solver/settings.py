@@ -110,7 +110,7 @@ class Settings:
             _check_number(name, getattr(self, name), least=0)
         for name, least in (("points", 2), ("rows_per_feature", 1), ("rank_multiple", 1)):
             _check_whole(name, getattr(self, name), least)
-        for name in ("refinements", "min_params"):
+        for name in ("refinements", "min_params", "seed"):
             _check_whole(name, getattr(self, name), 0)
         for name in ("include", "exclude", "types", "exclude_types"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
