@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, to_device
 from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.hooks import first_tensor
 from lrf_lightning.solver.lockstep import Run, pause, runs
 from lrf_lightning.solver.statistics import LayerStatistics, Moment, RowSampler
-from lrf_lightning.modules import LowRankModule
 from lrf_lightning.surgery import factorized, replace_module
 
 __all__ = ["build", "compensated_target"]

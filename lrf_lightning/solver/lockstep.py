@@ -6,8 +6,8 @@ every watched layer until it is told to go on. One run works at a time, so nothi
 stacks of half-finished passes. The memory is that of the activations that are alive at one layer, for all batches.
 
 A thread starts with torch's default modes; the gradient mode, the inference mode, autocast and the current CUDA device
-of the caller are carried over. Every run also has random states of its own, those of the moment it was made, so that two
-runs made at the same moment draw the same numbers.
+of the caller are carried over. Every run also has random states of its own, those of the moment it was made, so that
+two runs made at the same moment draw the same numbers.
 """
 
 from __future__ import annotations

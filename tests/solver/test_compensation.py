@@ -1,0 +1,216 @@
+"""Compensation against direct least squares, and against fitting layer after layer by literal passes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lrf_lightning.solver.compensation import build, compensated_target
+from lrf_lightning.solver.factorization import factorize
+from lrf_lightning.solver.statistics import RowSampler, collect_statistics
+from lrf_lightning.surgery import find_layers
+
+CPU = torch.device("cpu")
+
+
+def loss(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class AllRows(RowSampler):
+    def positions(self, candidate, available, batch_index, device):
+        return None
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, stride=2, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12 * 9, 24),
+        nn.ReLU(),
+        nn.Linear(24, 16),
+        nn.ReLU(),
+        nn.Linear(16, 4),
+    )
+
+
+@pytest.fixture
+def problem():
+    model = net()
+    batches = [(torch.randn(20, 3, 6, 6), torch.randint(4, (20,))) for _ in range(4)]
+    candidates, _ = find_layers(model)
+    sampler = AllRows(1, 80, 0)
+    layers = collect_statistics(model, candidates, loss, batches, CPU, sampler=sampler)
+    return model, batches, layers, sampler
+
+
+def built(problem, ranks, **options):
+    model, batches, layers, sampler = problem
+    options = {"metric": "fisher", "damping": 1e-2, "compensation": True} | options
+    return build(model, layers, ranks, loss=loss, batches=batches, device=CPU, sampler=sampler, **options)
+
+
+def test_the_target_is_the_damped_least_squares_weight():
+    weight = torch.randn(1, 5, 7, dtype=torch.float64)
+    x, y = torch.randn(2, 40, 7, dtype=torch.float64)
+    damping = 0.1
+    moment = (y.T @ y / 40)[None]
+    target = compensated_target(weight, (x.T @ y / 40)[None], moment, damping)
+    # the same problem with the prior as extra rows: sqrt(e) (W - T) for every input direction
+    ridge = (damping * moment[0].diagonal().mean() * 40).sqrt()
+    rows = torch.cat([y, ridge * torch.eye(7, dtype=torch.float64)])
+    wanted = torch.cat([x @ weight[0].T, ridge * weight[0].T])
+    torch.testing.assert_close(target[0], torch.linalg.lstsq(rows, wanted).solution.T)
+
+
+def test_without_evidence_the_weight_is_kept():
+    weight = torch.randn(2, 3, 4, dtype=torch.float64)
+    zero = torch.zeros(2, 4, 4, dtype=torch.float64)
+    for damping in (0.0, 0.1):
+        torch.testing.assert_close(compensated_target(weight, zero, zero, damping), weight)
+
+
+def test_without_damping_null_directions_keep_the_weight():
+    weight = torch.randn(1, 5, 6, dtype=torch.float64)
+    y = torch.randn(30, 3, dtype=torch.float64) @ torch.randn(3, 6, dtype=torch.float64)
+    moment = (y.T @ y / 30)[None]
+    target = compensated_target(weight, moment, moment, 0.0)
+    torch.testing.assert_close(target, weight)
+
+
+def test_unchanged_inputs_give_the_plain_truncation(problem):
+    model, _, layers, _ = problem
+    name = next(iter(layers))
+    compressed = built(problem, {name: 3})
+    expected = factorize(
+        layers[name].candidate.matrices(), layers[name].inputs.mean, layers[name].gradients.mean, damping=1e-2
+    )
+    left, right = expected.truncated(3)
+    torch.testing.assert_close(
+        compressed.get_submodule(name).weight.flatten(1), (left @ right)[0].float(), rtol=1e-4, atol=1e-5
+    )
+    assert model.get_submodule(name) is layers[name].candidate.module
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "activation", "fisher"])
+def test_lockstep_equals_a_pass_for_every_layer(problem, metric):
+    """Literally: replace one layer, run both models again, solve the next one from all of its rows."""
+    model, batches, layers, _ = problem
+    ranks = {name: max(1, layer.candidate.max_rank // 2) for name, layer in layers.items()}
+    compressed = built(problem, ranks, metric=metric)
+    literal = copy.deepcopy(model)
+    for position, (name, rank) in enumerate(ranks.items()):
+        layer = layers[name]
+        inputs, cross = [], []
+        for batch in batches:
+            seen = {}
+            for key, net in (("x", model), ("y", literal)):
+                module = net.get_submodule(name)
+                hook = module.register_forward_pre_hook(lambda _, args, key=key, seen=seen: seen.update({key: args[0]}))
+                with torch.no_grad():
+                    net(batch[0])
+                hook.remove()
+            x, y = (layer.reader.inputs(seen[key], None, 20).double() for key in ("x", "y"))
+            inputs.append(y.transpose(1, 2) @ y)
+            cross.append(x.transpose(1, 2) @ y)
+        rows = 4 * x.shape[1]
+        moment, other = sum(inputs) / rows, sum(cross) / rows
+        target = layer.candidate.matrices().double()
+        if position:
+            target = compensated_target(target, other, moment, 1e-2)
+        gradients = layer.gradients.mean if metric == "fisher" else None
+        factors = factorize(target, None if metric == "euclidean" else moment, gradients, damping=1e-2)
+        left, right = factors.truncated(rank)
+        with torch.no_grad():
+            module = literal.get_submodule(name)
+            module.weight.copy_((left @ right).reshape(module.weight.shape))
+    for name in ranks:
+        torch.testing.assert_close(
+            compressed.get_submodule(name).weight, literal.get_submodule(name).weight, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_compensation_brings_the_outputs_nearer(problem):
+    model, batches, layers, _ = problem
+    ranks = {name: max(1, layer.candidate.max_rank // 2) for name, layer in layers.items()}
+    images = torch.cat([batch[0] for batch in batches])
+    last = [name for name in layers][-1]
+    ranks.pop(last)  # so that the error of the outputs is the one that is minimised
+    with torch.no_grad():
+        errors = [
+            float((built(problem, ranks, compensation=flag, metric="activation")(images) - model(images)).norm())
+            for flag in (False, True)
+        ]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_models_and_layers_are_as_before(problem):
+    model, _, layers, _ = problem
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    compressed = built(problem, dict.fromkeys(layers, 1))
+    assert model.training
+    assert compressed.training
+    assert all("forward" not in module.__dict__ for net in (model, compressed) for module in net.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_an_error_in_the_loss_leaves_no_gate_behind(problem):
+    model, batches, layers, sampler = problem
+    calls = []
+
+    def fragile(model, batch):
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("no more")
+        return loss(model, batch)
+
+    with pytest.raises(RuntimeError, match="no more"):
+        build(
+            model,
+            layers,
+            dict.fromkeys(layers, 1),
+            metric="fisher",
+            damping=1e-2,
+            compensation=True,
+            loss=fragile,
+            batches=batches,
+            device=CPU,
+            sampler=sampler,
+        )
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert torch.isfinite(loss(model, batches[0])).all()
+
+
+class Forked(nn.Module):
+    """Takes its layers in another order for every second batch, and one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b, self.twice = (nn.Linear(12, 12) for _ in range(4))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        order = (self.a, self.b) if x.shape[0] == 20 else (self.b, self.a)
+        for layer in order:
+            x = torch.tanh(layer(x))
+        return self.head(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
+
+
+def test_layers_may_run_in_any_order_or_repeatedly():
+    model = Forked()
+    batches = [(torch.randn(size, 12), torch.randint(4, (size,))) for size in (20, 21, 20, 21)]
+    candidates, _ = find_layers(model)
+    sampler = AllRows(1, 82, 0)
+    layers = collect_statistics(model, candidates, loss, batches, CPU, sampler=sampler)
+    assert {name for name, layer in layers.items() if layer.repeated} == {"twice"}
+    compressed = built((model, batches, layers, sampler), dict.fromkeys(layers, 2))
+    assert all(type(compressed.get_submodule(name)).__name__ == "LowRankLinear" for name in layers)
+    assert torch.isfinite(loss(compressed, batches[1])).all()
