@@ -120,6 +120,8 @@ def _draw_curves(work: Workspace) -> None:
         derivatives = component_derivatives(
             work.model, work.layers, work.factors, work.loss, work.calibration, work.device, advance=advance
         )
+    # so far only known as batches times the size of the first one
+    work.samples["calibration"] = len(next(iter(derivatives.values()))[1])
     probing = settings.objective != "paper"
     batches = _some_batches(work.calibration, PROBE_SAMPLES) if probing else []
     dense = evaluate(work.model, work.loss, batches, work.device) if probing else None
