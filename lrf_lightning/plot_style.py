@@ -70,10 +70,9 @@ def symmetric_log(axis: Axis, values: Sequence[float], margin: float) -> None:
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     if not 0 < 10 * margin < largest:
         return
-    # linear up to a power of ten, so that no tick falls beside 0
-    linear = 10.0 ** math.ceil(math.log10(margin))
+    linear = _round_up(margin)
     set_scale = axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale
-    set_scale("symlog", linthresh=linear)
+    set_scale("symlog", linthresh=linear, linscale=1.5)
     decades = max(math.ceil(math.log10(largest / linear)), 1)
     step = math.ceil(decades / 3)
     ticks = [linear * 10.0**i for i in range(0, decades + 1, step)]
@@ -82,6 +81,12 @@ def symmetric_log(axis: Axis, values: Sequence[float], margin: float) -> None:
     axis.set_major_locator(FixedLocator([*reversed(negative), 0.0, *ticks]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FormatStrFormatter("%g"))
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= value * 0.999)
 
 
 def largest_layers(result: Solution) -> list[tuple[LayerResult, LayerCurve]]:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lrf_lightning.solver.result import LayerResult, Solution
 from lrf_lightning.summary import factorized_params
@@ -31,8 +32,7 @@ def print_report(result: Solution, *, console: Console | None = None) -> None:
         result: what the solver found.
         console: where to print; standard output by default.
     """
-    # names of modules and messages may hold brackets, which are no markup
-    console = console or Console(markup=False, emoji=False, highlight=False)
+    console = console or Console()
     settings = result.settings
     console.print()
     console.rule(f"Low-rank compression: objective={settings.objective}, metric={settings.metric}", characters="-")
@@ -44,15 +44,16 @@ def print_report(result: Solution, *, console: Console | None = None) -> None:
         console.print(_frontier_table(result, wide=console.width >= WIDE))
         _say(console, _frontier_note(result))
     console.print()
-    console.print(verdict_sentence(result), style="bold", markup=False, emoji=False, highlight=False)
+    _say(console, verdict_sentence(result), style="bold")
     for line in (_choice(result), temperature_sentence(result.certificate), _time(result)):
         _say(console, line)
     console.print()
 
 
-def _say(console: Console, line: str) -> None:
+def _say(console: Console, line: str, style: str = "") -> None:
+    """Names of modules may hold brackets and colons, which are no markup."""
     if line:
-        console.print(line, markup=False, emoji=False, highlight=False)
+        console.print(Text(line, style=style))
 
 
 def _table(title: str, *, wide: bool) -> Table:
@@ -68,11 +69,12 @@ def _layers_table(result: Solution, *, wide: bool) -> Table:
     table.add_column("shape", no_wrap=True)
     for heading in ("rank", "params\nbefore", "params\nafter", "predicted\nchange", "std.\nerror"):
         table.add_column(heading, justify="right", no_wrap=True)
-    places = _places(result) + 1
+    places = _loss_places(result) + 1
     shown = _largest_savings(layers)
     for layer in shown:
         table.add_row(
-            *map(_escape, (layer.name or "(the model)", layer.kind)),
+            Text(layer.name or "(the model)"),
+            Text(layer.kind),
             "x".join(map(str, layer.shape)),
             f"dense/{layer.full_rank}" if layer.rank is None else f"{layer.rank}/{layer.full_rank}",
             _count(layer.params_before, wide),
@@ -124,8 +126,8 @@ def _frontier_table(result: Solution, *, wide: bool) -> Table:
     name = score_name(result)
     headings += [name, f"{name}\nchange", "std.\nerror"] if scored else []
     for heading in headings:
-        table.add_column(_escape(heading), justify="right", no_wrap=True)
-    places = _places(result)
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    places, score_places = _loss_places(result), _places(result.settings.score_margin)
     for row in frontier_rows(result):
         cells = [
             ">" if row["chosen"] else "",
@@ -138,7 +140,8 @@ def _frontier_table(result: Solution, *, wide: bool) -> Table:
         ]
         if scored:
             score = row["score"]
-            cells += ["" if score is None else _unsigned(score, places), *_change_cells(row, "score", places)]
+            cells += ["" if score is None else _unsigned(score, score_places)]
+            cells += _change_cells(row, "score", score_places)
         table.add_row(*cells)
     return table
 
@@ -170,9 +173,13 @@ def _time(result: Solution) -> str:
     return f"{took or 'Solved'} on {splits} samples." if splits else f"{took}." if took else ""
 
 
-def _places(result: Solution) -> int:
-    certificate = result.certificate
-    return decimals(0.005 if certificate is None else certificate.loss_margin)
+def _places(margin: float) -> int:
+    """Decimal places in the tables: four, more for very small margins, fewer for large ones."""
+    return max(decimals(margin), 4) if margin < 1 else decimals(margin) + 1
+
+
+def _loss_places(result: Solution) -> int:
+    return _places(0.005 if result.certificate is None else result.certificate.loss_margin)
 
 
 def _optional(value: float | None, places: int) -> str:
@@ -197,7 +204,3 @@ def _count(number: int, wide: bool) -> str:
             return f"{digits:.{max(0, 2 - len(str(int(digits))) + 1)}f}{unit}"
     return str(number)
 
-
-def _escape(text: str) -> str:
-    """Cells of a table are markup for any console that was handed in."""
-    return text.replace("[", r"\[")

@@ -67,5 +67,5 @@ def _in_netrc(host: str) -> bool:
 def _knows(path: Path, host: str) -> bool:
     try:
         return netrc(path).authenticators(host) is not None
-    except (OSError, NetrcParseError):
+    except (OSError, UnicodeDecodeError, NetrcParseError):
         return False

@@ -12,9 +12,9 @@ table ``compress/curves``                   per layer and rank: singular value, 
 table ``compress/probes``                   predicted against measured change of single layers
 picture ``compress/pictures/frontier``      loss and score over the parameters kept; likewise ``layers``, ``ranks``,
                                             ``predicted_vs_measured``, ``spectra`` and ``curves``
-history ``compress/frontier/...``           ``loss``, ``loss_change``, ``score``, ``score_change`` over the step metric
-                                            ``compress/frontier/params_model_kept`` (share of the whole model), so that
-                                            the frontiers of several runs can be drawn into one chart
+history ``compress/frontier_point/...``     ``loss``, ``loss_change``, ``score``, ``score_change`` over the step metric
+                                            ``params_model_kept`` beside them (share of the whole model), so that the
+                                            frontiers of several runs can be drawn into one chart
 artifact ``compressed-<run id>``            type ``model``: the saved model with tables and pictures
 config ``compress``                         the settings
 ==========================================  ============================================================================
@@ -111,7 +111,7 @@ def _table(rows: list[Row]) -> Any:
 
 
 def _log_frontier(run: Any, result: Solution) -> None:
-    prefix = f"{PREFIX}frontier/"
+    prefix = f"{PREFIX}frontier_point/"
     run.define_metric(f"{prefix}params_model_kept", hidden=True)
     # the summary would otherwise show the smallest point as if it were the result
     run.define_metric(f"{prefix}*", step_metric=f"{prefix}params_model_kept", summary="none")
@@ -130,7 +130,12 @@ def _images(pictures: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _log_settings(run: Any, result: Solution) -> None:
-    run.config.update({"compress": asdict(result.settings)}, allow_val_change=True)
+    run.config.update({"compress": json.loads(_settings_text(result))}, allow_val_change=True)
+
+
+def _settings_text(result: Solution) -> str:
+    """The settings as JSON; what has no JSON form, such as a function, as its description."""
+    return json.dumps(asdict(result.settings), default=str)
 
 
 def _texts(result: Solution) -> dict[str, str]:
@@ -171,6 +176,6 @@ def _metadata(trainer: Trainer, result: Solution, figures: Mapping[str, float]) 
         **{name.removeprefix(PREFIX): value for name, value in figures.items()},
         **{name.removeprefix(PREFIX): text for name, text in _texts(result).items()},
         "ranks": json.dumps(result.ranks),
-        "settings": json.dumps(asdict(result.settings)),
+        "settings": _settings_text(result),
         "dense_checkpoint": getattr(checkpoint, "best_model_path", "") or "",
     }

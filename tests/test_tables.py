@@ -1,0 +1,78 @@
+import csv
+import dataclasses
+
+import pytest
+from tiny_result import frontier_result, tiny_result
+
+from lrf_lightning.tables import curve_rows, frontier_rows, layer_rows, probe_rows, rank_rows, write_csv
+
+
+def test_layer_rows_add_up_to_the_result():
+    result = tiny_result()
+    rows = layer_rows(result)
+    assert [row["layer"] for row in rows] == [layer.name for layer in result.layers]
+    usable = [row for row in rows if not row["reason"]]
+    assert sum(row["params_after"] for row in usable) == result.params_layers[1]
+    assert {row["layer"]: row["rank"] for row in usable if row["rank"] is not None} == result.ranks
+    assert [row["shape"] for row in rows if row["layer"] == "conv"] == ["16x8x3x3"]
+
+
+def test_the_frontier_starts_with_the_original():
+    result = frontier_result()
+    original, *points = frontier_rows(result)
+    assert original["params_model_kept"] == 1.0
+    assert (original["loss"], original["loss_change"], original["chosen"]) == (result.dense.loss, 0.0, False)
+    assert [row["params_model"] for row in points] == [point.params_model for point in result.frontier]
+    assert [row["chosen"] for row in points] == [False, True, False, False, False]
+    unchanged = dataclasses.replace(result, ranks={}, frontier=[])
+    assert [row["chosen"] for row in frontier_rows(unchanged)] == [True]
+
+
+def test_rank_rows_hold_every_layer_at_every_point():
+    result = frontier_result()
+    rows = rank_rows(result)
+    assert len(rows) == 5 * 3
+    for row in rows[:3]:
+        assert row["rank"] == result.frontier[0].ranks.get(row["layer"])
+
+
+def test_curve_rows_hold_the_predictions_of_every_rank():
+    result = tiny_result()
+    layer = next(layer for layer in result.layers if layer.name == "hidden")
+    rows = [row for row in curve_rows(result) if row["layer"] == "hidden"]
+    assert [row["rank"] for row in rows] == list(range(1, 33))
+    assert [row["predicted_change"] for row in rows if row["predicted_change"] is not None] == layer.curve.predicted
+    assert [row["singular_value"] for row in rows] == layer.curve.singular_values
+    assert [row["rank"] for row in rows if row["chosen"]] == [layer.rank]
+
+
+def test_curve_rows_can_be_thinned_out_between_the_first_and_the_last_rank():
+    ranks = [row["rank"] for row in curve_rows(tiny_result(), most=10) if row["layer"] == "hidden"]
+    assert ranks[0] == 1
+    assert ranks[-1] == 32
+    assert len(ranks) == len(set(ranks)) <= 10
+
+
+def test_probe_rows_are_the_measured_points():
+    layers = [layer for layer in tiny_result().layers if layer.curve is not None]
+    expected = [(layer.name, *probe) for layer in layers for probe in layer.curve.probes]
+    assert expected
+    assert [tuple(row.values()) for row in probe_rows(tiny_result())] == expected
+
+
+def test_csv_reads_back(tmp_path):
+    rows = layer_rows(tiny_result())
+    write_csv(tmp_path / "layers.csv", rows)
+    with (tmp_path / "layers.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert read == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+
+
+def test_no_rows_write_no_file(tmp_path):
+    write_csv(tmp_path / "none.csv", [])
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="none"):
+        write_csv(tmp_path / "none" / "a.csv", [{"a": 1}])

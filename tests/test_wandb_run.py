@@ -1,0 +1,193 @@
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import wandb
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from tiny_result import frontier_result, with_certificate
+from wandb.proto.wandb_internal_pb2 import Record
+
+from lrf_lightning.summary import summary
+from lrf_lightning.tables import frontier_rows, layer_rows
+from lrf_lightning.verdict import verdict_sentence
+from lrf_lightning.wandb_run import aliases, log_to_wandb
+
+BLOCK, FULL, FIRST, LAST = 32768, 1, 2, 4
+
+
+def records(path):
+    """The records of an offline run: LevelDB's log format behind a header of 7 bytes."""
+    data = Path(path).read_bytes()
+    assert data[:4] == b":W&B"
+    place, parts = 7, b""
+    while place < len(data):
+        left = BLOCK - place % BLOCK
+        if left < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[place : place + 7])
+        if kind == size == 0:
+            place += left
+            continue
+        chunk = data[place + 7 : place + 7 + size]
+        place += 7 + size
+        parts = chunk if kind in (FULL, FIRST) else parts + chunk
+        if kind in (FULL, LAST):
+            record = Record()
+            record.ParseFromString(parts)
+            yield record
+
+
+def items(message):
+    """The values by key; those of tables and pictures are dictionaries."""
+    values = {}
+    for item in message:
+        value = json.loads(item.value_json)
+        *outer, last = item.nested_key or [item.key]
+        inner = values
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return values
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved model with a file of the user's beside it."""
+    folder = tmp_path / "compressed"
+    folder.mkdir()
+    for name in ("model.safetensors", "compression.json", "compressed.ckpt", "layers.csv", "frontier.png", "my.ckpt"):
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+@pytest.fixture
+def bare_trainer():
+    return Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False)
+
+
+def log_and_read(tmp_path, trainer, result, folder):
+    """Log into a run that the user opened; its records, and the files of its media."""
+    sink = WandbLogger(save_dir=tmp_path / "logs", offline=True, project="test")
+    sink.log_metrics({"val/loss": 0.5}, step=3)
+    run = sink.experiment
+    pictures = {"frontier": tiny_png()}
+    log_to_wandb(sink, trainer, result, summary(result), pictures, folder)
+    assert sink.experiment is run
+    assert wandb.run is run
+    wandb.finish()
+    wandb.teardown()  # the file may be empty before
+    (path,) = (tmp_path / "logs").rglob("*.wandb")
+    return list(records(path)), path.parent / "files"
+
+
+def tiny_png():
+    from io import BytesIO
+
+    from PIL import Image
+
+    buffer = BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def test_an_offline_run_holds_everything(tmp_path, folder, bare_trainer):
+    result = with_certificate(frontier_result(), verdict="not worse")
+    found, files = log_and_read(tmp_path, bare_trainer, result, folder)
+    history = [items(record.history.item) for record in found if record.WhichOneof("record_type") == "history"]
+    final = {}
+    for record in found:
+        if record.WhichOneof("record_type") == "summary":
+            final |= items(record.summary.update)
+    figures = summary(result)
+    assert {name: final[name] for name in figures} == figures
+    assert final["compress/verdict"] == "not worse"
+    assert final["compress/verdict_sentence"] == verdict_sentence(result)
+
+    logged = {name: value for row in history for name, value in row.items()}
+    for name, rows in (("layers", layer_rows(result)), ("frontier", frontier_rows(result))):
+        table = json.loads((files / logged[f"compress/{name}"]["path"]).read_text())
+        assert table["columns"] == list(rows[0])
+        assert table["data"] == [list(row.values()) for row in rows]
+    for name in ("ranks", "curves", "probes"):
+        assert logged[f"compress/{name}"]["_type"] == "table-file"
+    picture = logged["compress/pictures/frontier"]
+    assert (picture["_type"], picture["width"]) == ("image-file", 4)
+    assert (files / picture["path"]).is_file()
+
+    points = [row for row in history if "compress/frontier_point/params_model_kept" in row]
+    assert [row["compress/frontier_point/loss_change"] for row in points] == [0.0, -0.001, 0.002, 0.01, 0.1, 0.7]
+    metrics = {
+        record.metric.name or record.metric.glob_name: record.metric for record in found if record.HasField("metric")
+    }
+    assert metrics["compress/frontier_point/*"].step_metric == "compress/frontier_point/params_model_kept"
+
+    config = {}
+    for record in found:
+        if record.HasField("config"):
+            config |= items(record.config.update)
+    assert config["compress"]["objective"] == "budget"
+
+    (artifact,) = [r.artifact for r in found if r.HasField("artifact") and r.artifact.type == "model"]
+    run_id = next(record.run.run_id for record in found if record.HasField("run"))
+    assert artifact.name == f"compressed-{run_id}"
+    assert set(artifact.aliases) == {"latest", "budget"}
+    contents = {entry.path for entry in artifact.manifest.contents}
+    assert contents == {"model.safetensors", "compression.json", "compressed.ckpt", "layers.csv", "frontier.png"}
+    metadata = json.loads(artifact.metadata)
+    assert json.loads(metadata["ranks"]) == result.ranks
+    assert metadata["params_model_after"] == result.params_model[1]
+    assert metadata["verdict"] == "not worse"
+    assert len(metadata) <= 100
+
+
+def test_odd_values_and_an_unchanged_model_are_logged_without_artifact(tmp_path, folder, bare_trainer):
+    result = with_certificate(frontier_result(), verdict="unchanged")
+    broken = dataclasses.replace(result.frontier[0], loss=float("nan"), loss_change=float("inf"))
+    settings = dataclasses.replace(result.settings, predicate=lambda name, module: True)
+    result = dataclasses.replace(result, ranks={}, frontier=[broken], settings=settings)
+    found, files = log_and_read(tmp_path, bare_trainer, result, folder)
+    assert not [r for r in found if r.HasField("artifact") and r.artifact.type == "model"]
+    (table,) = (files / "media" / "table" / "compress").glob("frontier_*")
+    assert len(json.loads(table.read_text())["data"]) == 2
+    (config,) = [items(r.config.update) for r in found if r.HasField("config") and "compress" in str(r.config.update)]
+    assert config["compress"]["predicate"].startswith("<function")
+
+
+@pytest.mark.parametrize(
+    ("objective", "verdict", "alias"),
+    [
+        ("lossless", "better", "lossless"),
+        ("compact", "not worse", "compact"),
+        ("lossless", "inconclusive", "lossless-inconclusive"),
+        ("lossless", "worse", "lossless-worse"),
+    ],
+)
+def test_a_lossy_model_is_no_alias_lossless(objective, verdict, alias):
+    result = with_certificate(frontier_result(), verdict=verdict)
+    settings = dataclasses.replace(result.settings, objective=objective)
+    assert aliases(dataclasses.replace(result, settings=settings)) == [alias]
+    assert aliases(dataclasses.replace(result, settings=settings, certificate=None)) == [f"{objective}-unverified"]
+
+
+class Broken(WandbLogger):
+    """Its connection is lost."""
+
+    def __init__(self):
+        super().__init__(offline=True)
+        self.asked = 0
+
+    @property
+    def experiment(self):
+        self.asked += 1
+        raise ConnectionError("connection lost")
+
+
+def test_a_lost_connection_is_a_warning(folder, bare_trainer):
+    result, sink = frontier_result(), Broken()
+    with pytest.warns(UserWarning, match="could not log .* to W&B .ConnectionError: connection lost") as caught:
+        log_to_wandb(sink, bare_trainer, result, summary(result), {}, folder)
+    assert len(caught) == sink.asked == 6

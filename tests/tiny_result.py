@@ -1,0 +1,108 @@
+"""A real result for the tests of report, tables, pictures and logs, solved once per session."""
+
+import dataclasses
+from functools import cache
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from lrf_lightning import compress
+from lrf_lightning.api import CompressionResult
+from lrf_lightning.solver.evaluation import StepOutput
+
+
+class TinyNet(nn.Module):
+    """Digits, 8 x 8; ``stem`` is left alone for its size."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.hidden = nn.Linear(256, 32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, images):
+        x = torch.relu(self.conv(torch.relu(self.stem(images))))
+        return self.head(torch.relu(self.hidden(x.flatten(1))))
+
+
+def step(model, batch):
+    logits = model(batch[0])
+    losses = nn.functional.cross_entropy(logits, batch[1], reduction="none")
+    return StepOutput(losses, (logits.argmax(1) == batch[1]).float(), logits, batch[1])
+
+
+@cache
+def tiny_result() -> CompressionResult:
+    """A model of digits compressed to a fifth of its parameters, with all records of a solve."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        digits = load_digits()
+        images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+        batches = [
+            (images[i : i + 100], torch.tensor(digits.target[i : i + 100])) for i in range(0, len(images) - 97, 100)
+        ]
+        model = TinyNet()
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(8):
+            for batch in batches[:10]:
+                optimizer.zero_grad()
+                step(model, batch).loss.mean().backward()
+                optimizer.step()
+        return compress(
+            model,
+            step,
+            batches[10:12],
+            batches[12:14],
+            batches[14:],
+            objective="budget",
+            keep=0.3,
+            exclude=("stem",),
+        )
+
+
+@cache
+def frontier_result() -> CompressionResult:
+    """The same with five points on the frontier, of which the second is chosen, with changes that are set by hand."""
+    result = tiny_result()
+    (point,) = result.frontier
+    points = [
+        dataclasses.replace(
+            point,
+            params_model=round(share * result.params_model[0]),
+            params_layers=round(share * result.params_layers[0]),
+            loss=result.dense.loss + change,
+            loss_change=change,
+            loss_change_error=abs(change) / 4,
+            score=result.dense.score - change,
+            score_change=-change,
+            score_change_error=abs(change) / 3,
+            within_range=share > 0.2,
+            chosen=share == 0.5,
+        )
+        for share, change in ((0.8, -0.001), (0.5, 0.002), (0.3, 0.01), (0.2, 0.1), (0.1, 0.7))
+    ]
+    return dataclasses.replace(result, frontier=points)
+
+
+def with_certificate(result, **changes):
+    """The result with changed fields of its certificate."""
+    return dataclasses.replace(result, certificate=dataclasses.replace(result.certificate, **changes))
+
+
+def with_layers(result, count):
+    """The result with ``count`` factorizable layers with long names, and one that is left alone."""
+    usable = [layer for layer in result.layers if layer.curve is not None]
+    layers = [
+        dataclasses.replace(
+            usable[i % len(usable)],
+            name=f"backbone.encoder.layers.{i // 4}.block{i % 4}.attention.projection",
+            params_before=usable[i % len(usable)].params_before + i,
+        )
+        for i in range(count)
+    ]
+    alone = [layer for layer in result.layers if layer.curve is None]
+    ranks = {layer.name: layer.rank for layer in layers if layer.rank is not None}
+    points = [dataclasses.replace(point, ranks=ranks) for point in result.frontier]
+    return dataclasses.replace(result, layers=layers + alone, ranks=ranks, frontier=points)
