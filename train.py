@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -72,7 +73,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
         metrics, _ = train(cfg)
     finally:
         _finish_wandb()
-    _say(f"Checkpoints, logs, tables and the compressed model are in {cfg.paths.output_dir}")
+    _say(f"Everything that was written is in {cfg.paths.output_dir}")
     return _objective(metrics, cfg.optimized_metric)
 
 
@@ -117,11 +118,12 @@ def _test(
 @rank_zero_only
 def _print_test(rows: dict[str, tuple[int, Mapping[str, float]]], result: CompressionResult | None) -> None:
     names = sorted({name for _, found in rows.values() for name in found})
-    table = Table(title="Test split: only reported, it took no part in any decision", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("model", "parameters", *names):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for model, (parameters, found) in sorted(rows.items(), reverse=True):
         table.add_row(model, f"{parameters:,}", *(f"{found[name]:.4f}" if name in found else "" for name in names))
+    _say("Test split: only reported, it took no part in any decision")
     Console().print(table)
     if result is not None:
         before, after = result.params_model
@@ -153,14 +155,15 @@ def _has_wandb_account() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    candidates = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
-    for path in candidates:
-        try:
-            if path and netrc.netrc(str(path)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
+    files = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    return any(_has_login(file, host) for file in files)
+
+
+def _has_login(file: Path, host: str) -> bool:
+    try:
+        return netrc.netrc(str(file)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _finish_wandb() -> None:

@@ -225,6 +225,29 @@ class LowRankCompression(Callback):
         with folder as directory:
             self._publish(trainer, pl_module, self.result, Path(directory))
 
+    def compress_now(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
+        """Compress a module that is trained already, without a fit.
+
+        The trainer must know the data, as it does after ``trainer.validate(module, datamodule, ckpt_path=...)``, which
+        also loads the weights. Unlike after a fit there is nothing to lose, so whatever fails is raised.
+
+        Returns:
+            The result, which is also the attribute ``result``.
+
+        Raises:
+            MisconfigurationException: as :meth:`setup` does.
+            Exception: whatever the solver, the report, the writing or the logging raise.
+        """
+        self.setup(trainer, pl_module, TrainerFn.FITTING)
+        strict, self.strict = self.strict, True
+        try:
+            self.on_fit_end(trainer, pl_module)
+        finally:
+            self.strict = strict
+        if self.result is None:
+            raise MisconfigurationException("compress_now needs a trainer whose last run was not interrupted")
+        return self.result
+
     def _solve(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
         device = trainer.strategy.root_device
         bars = trainer.is_global_zero and trainer.progress_bar_callback is not None

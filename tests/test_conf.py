@@ -1,0 +1,120 @@
+import inspect
+import itertools
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from lrf_lightning import LowRankCompression
+
+RECIPES = ["digits"]
+OPTIONS = ["lossless", "compact", "budget", "paper"]
+
+
+@pytest.fixture
+def composed(project):
+    """Compose conf/train.yaml as Hydra does for a job."""
+
+    def build(*overrides: str) -> DictConfig:
+        with initialize_config_dir(version_base="1.3", config_dir=str(project / "conf")):
+            cfg = compose("train.yaml", ["hydra.runtime.output_dir=outputs", *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
+    yield build
+    HydraConfig.instance().cfg = None
+
+
+def application(cfg: DictConfig) -> dict:
+    """The resolved config without Hydra's own part."""
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [name for name in cfg if name != "hydra"]), resolve=True)
+
+
+def targets(node) -> list[str]:
+    if isinstance(node, dict):
+        return [node["_target_"]] * ("_target_" in node) + [t for value in node.values() for t in targets(value)]
+    return [t for value in node for t in targets(value)] if isinstance(node, list) else []
+
+
+@pytest.mark.parametrize(("recipe", "option"), list(itertools.product(RECIPES, [None, *OPTIONS])))
+def test_every_recipe_with_every_option(composed, recipe, option):
+    cfg = application(composed(f"recipe={recipe}", *([f"+compress={option}"] if option else [])))
+    assert cfg["task_name"] == recipe
+    assert ("compress" in cfg["callbacks"]) == (option is not None)
+    assert "compress" not in cfg
+    found = targets(cfg)
+    assert {"lightning.Trainer", f"recipes.{recipe}.Digits"} <= set(found)
+    for target in found:
+        assert callable(get_object(target))
+
+
+def test_lists_are_complete(project):
+    """What the tests above run over is everything there is."""
+    folder = project / "lrf_lightning" / "conf" / "compress"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(OPTIONS)
+    assert {path.stem for path in (project / "conf" / "recipe").glob("*.yaml")} == set(RECIPES)
+
+
+def test_yaml_equals_the_signature(composed):
+    node = application(composed("+compress=lossless"))["callbacks"]["compress"]
+    assert node.pop("_target_") == "lrf_lightning.LowRankCompression"
+    assert node.pop("_convert_") == "all"
+    margin = application(composed())["compress_margins"]["score"]
+    assert node["score_margin"] == margin, "the recipe's own margin is taken"
+    parameters = inspect.signature(LowRankCompression.__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+    expected = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    assert node | {"score_margin": expected["score_margin"]} == expected
+
+
+def test_margins_are_the_callbacks_where_an_app_states_none(composed):
+    node = application(composed("+compress=lossless", "~compress_margins"))["callbacks"]["compress"]
+    parameters = inspect.signature(LowRankCompression.__init__).parameters
+    for name in ("loss_margin", "score_margin"):
+        assert node[name] == parameters[name].default
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_differ_in_the_objective_only(composed, option):
+    lossless = application(composed("+compress=lossless"))["callbacks"]["compress"]
+    assert application(composed(f"+compress={option}"))["callbacks"]["compress"] == lossless | {"objective": option}
+
+
+def test_every_argument_has_a_comment(project):
+    lines = (project / "lrf_lightning" / "conf" / "compress" / "lossless.yaml").read_text().splitlines()
+    bare = [line for line in lines if re.match(r"\w+:", line) and not line.startswith("_target_") and " # " not in line]
+    assert bare == []
+
+
+def test_overrides_reach_the_callback(composed):
+    cfg = composed("+compress=budget", "callbacks.compress.keep=0.25", "callbacks.compress.exclude=[net.0]")
+    assert cfg.callbacks.compress.keep == 0.25
+    with pytest.raises(HydraException, match="kep"):
+        composed("+compress=budget", "callbacks.compress.kep=0.25")
+
+
+def test_unknown_option_is_an_error(composed):
+    with pytest.raises(HydraException, match="compress/losless"):
+        composed("+compress=losless")
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [("logger=none", []), ("logger=csv", ["csv"]), ("logger=wandb", ["wandb"]), ("logger=default", ["csv", "wandb"])],
+)
+def test_loggers(composed, override, names):
+    assert list(application(composed(override)).get("logger") or {}) == names
+
+
+def test_recipe_overrides_the_trainer_and_the_command_line_the_recipe(composed):
+    assert composed("~recipe").trainer.max_epochs != composed().trainer.max_epochs
+    assert composed("trainer.max_epochs=3").trainer.max_epochs == 3
+
+
+def test_only_the_compressions_are_added_to_other_apps(project):
+    options = {path.name for path in (project / "lrf_lightning" / "conf").iterdir() if path.suffix != ".py"}
+    assert options - {"__pycache__"} == {"compress"}

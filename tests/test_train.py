@@ -1,0 +1,166 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+import train as application
+from lrf_lightning import load_compressed
+from lrf_lightning.modules import LowRankModule
+from recipes.digits import DigitsClassifier, DigitsNet
+
+# a net and a solve that take seconds
+TINY = [
+    "+compress=budget",
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+    "+trainer.enable_progress_bar=false",
+    "model.net.width=32",
+    "model.net.blocks=1",
+    "callbacks.compress.points=2",
+    "callbacks.compress.keep=0.6",
+    "data.verification=100",
+    "data.selection=100",
+    "data.calibration=100",
+    "logger=csv",
+]
+
+
+@pytest.fixture
+def composed(project, tmp_path):
+    """Compose conf/train.yaml as Hydra does for a job that runs in an empty folder."""
+
+    def build(*overrides: str):
+        output = f"hydra.runtime.output_dir={tmp_path}/outputs"
+        with initialize_config_dir(version_base="1.3", config_dir=str(project / "conf")):
+            cfg = compose("train.yaml", [output, *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
+    yield build
+    HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No trace of a W&B account."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "netrc")
+
+
+def test_trains_compresses_tests_and_reloads(composed, tmp_path, capsys):
+    metrics, objects = application.train(composed(*TINY))
+    result = objects["result"]
+    assert result.ranks
+    assert {"test/acc", "test/loss", "compress/test/acc", "compress/test/loss"} <= set(metrics)
+    assert metrics["compress/params_model"] == result.params_model[1] < result.params_model[0]
+    printed = capsys.readouterr().out
+    assert "Test split: only reported" in printed
+    assert f"{result.params_model[0]:,} -> {result.params_model[1]:,} parameters" in printed
+
+    # the live module stays dense, and the trainer's own test metrics are those of the dense model
+    model, trainer = objects["model"], objects["trainer"]
+    assert not any(isinstance(module, LowRankModule) for module in model.modules())
+    images, labels = next(iter(objects["datamodule"].test_dataloader()))
+    assert float(trainer.callback_metrics["test/acc"]) == pytest.approx(float(metrics["test/acc"]))
+
+    loaded = load_compressed(
+        DigitsClassifier(DigitsNet(width=32, blocks=1)), tmp_path / "outputs" / "csv" / "compressed"
+    )
+    with torch.no_grad():
+        logits = result.model.eval()(images)
+        torch.testing.assert_close(loaded.eval()(images), logits, rtol=0, atol=0)
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    batches = list(objects["datamodule"].test_dataloader())
+    if len(batches) == 1:
+        assert float(metrics["compress/test/acc"]) == pytest.approx(float(accuracy))
+
+    # compress the checkpoint that the run has left, without training
+    checkpoint = tmp_path / "outputs" / "checkpoints" / "last.ckpt"
+    again, objects = application.train(composed(*TINY, "train=false", f"ckpt_path={checkpoint}"))
+    assert again["test/loss"] == pytest.approx(float(metrics["test/loss"]), abs=1e-6)
+    assert objects["result"].ranks == result.ranks
+    assert objects["trainer"].global_step == 0
+
+
+def test_without_compression_nothing_is_said_about_it(composed, capsys):
+    small = [override for override in TINY if "compress" not in override]
+    metrics, objects = application.train(composed(*small, "logger=none", "callbacks=none"))
+    assert objects["result"] is None
+    assert not [name for name in metrics if name.startswith("compress/")]
+    assert "compressed" not in capsys.readouterr().out
+
+
+def test_group_taken_for_a_string(composed):
+    cfg = composed()
+    OmegaConf.update(cfg, "compress", "lossless", force_add=True)
+    with pytest.raises(ValueError, match=r"did not find the config group compress.*--info searchpath"):
+        application.train(cfg)
+
+
+def test_no_training_needs_a_checkpoint(composed):
+    with pytest.raises(ValueError, match="train=false needs a trained model; add ckpt_path=PATH"):
+        application.train(composed("train=false"))
+
+
+def test_objective():
+    metrics = {"val/acc": torch.tensor(0.75), "compress/params_model": torch.tensor(10.0)}
+    assert application._objective(metrics, None) is None
+    assert application._objective(metrics, "val/acc") == 0.75
+    assert application._objective(metrics, ["val/acc", "compress/params_model"]) == (0.75, 10.0)
+    with pytest.raises(ValueError, match=r"optimized_metric='val/accuracy' is no metric.*val/acc"):
+        application._objective(metrics, "val/accuracy")
+
+
+@pytest.mark.parametrize(
+    ("text", "account"),
+    [
+        (None, False),
+        ("", False),
+        ("machine api.wandb.ai login user password secret", True),
+        ("machine example.org login user password secret", False),
+        ("machine", False),
+    ],
+)
+def test_account_in_the_netrc_file(offline, tmp_path, text, account):
+    if text is not None:
+        (tmp_path / "netrc").write_text(text)
+    assert application._has_wandb_account() is account
+
+
+def test_account_in_the_environment(offline, monkeypatch):
+    assert not application._has_wandb_account()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert application._has_wandb_account()
+
+
+def test_command(project, tmp_path):
+    """The command as a user types it, W&B included, without an account and without a terminal."""
+    overrides = [item for item in TINY if item != "logger=csv"]
+    done = subprocess.run(
+        [sys.executable, str(project / "train.py"), *overrides],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Test split: only reported" in done.stdout
+    (output,) = (tmp_path / "outputs" / "digits").iterdir()
+    assert f"was written is in {output}" in done.stdout
+    assert {path.name for path in output.rglob("*")} >= {"model.safetensors", "compression.json", "compressed.ckpt"}
+    assert list(output.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_help_lists_the_groups(project):
+    done = subprocess.run(
+        [sys.executable, str(project / "train.py"), "--help"], capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compress: budget, compact, lossless, paper" in done.stdout
+    assert "recipe: digits" in done.stdout
