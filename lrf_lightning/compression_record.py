@@ -153,6 +153,8 @@ def _plain(value: Any) -> Any:
         return float(value)
     if hasattr(value, "item"):
         return _plain(value.item())
+    if callable(value):  # the predicate on layers is recorded by its name
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
 
 
