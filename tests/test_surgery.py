@@ -204,6 +204,7 @@ class TestFindLayers:
         }
         prepare(model)
         assert type(model["layer"].self_attn) is Custom
+        assert set(reasons(model["layer"])) == {"self_attn", "linear1", "linear2"}
 
     def test_layers_that_share_a_weight_are_one_candidate(self):
         candidates, skipped = find_layers(Tied())
