@@ -88,7 +88,10 @@ def test_layers_left_alone_are_summed_up_by_reason():
 
 def test_very_many_layers_are_cut_to_those_that_save_most():
     result = with_layers(tiny_result(), 300)
-    text = report(result)
+    saved = [layer.params_before - layer.params_after for layer in result.layers]
+    best = result.layers[saved.index(max(saved))].name
+    text = report(result, 200)
+    assert f" {best} " in text
     assert "... and 220 more" in text
     assert sum(line.strip().startswith("backbone.") for line in text.splitlines()) == 80
 

@@ -49,6 +49,12 @@ def test_the_verdict_becomes_two_numbers(verdict, holds, unchanged):
     assert (figures["compress/not_worse"], figures["compress/unchanged"]) == (holds, unchanged)
 
 
+def test_the_samples_that_would_decide_are_there_only_where_that_is_open():
+    figures = summary(with_certificate(tiny_result(), verdict="inconclusive", samples_needed=1234))
+    assert figures["compress/samples_needed"] == 1234
+    assert "compress/samples_needed" not in summary(with_certificate(tiny_result(), samples_needed=None))
+
+
 def test_what_is_unknown_is_missing_and_what_is_infinite_stays():
     result = with_certificate(
         tiny_result(), score_change=None, loss_change=Interval(math.nan, math.inf, -math.inf, math.inf, 1, "student")
