@@ -1,0 +1,147 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lrf_lightning.loss_calls import LossCalls, agrees
+
+
+def watched(function):
+    with LossCalls() as watch:
+        result = function()
+    return result, watch.calls
+
+
+def single(function):
+    result, (call,) = watched(function)
+    return result, call
+
+
+LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+TARGET = torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: functional.cross_entropy(LOGITS, TARGET),
+        lambda: functional.cross_entropy(input=LOGITS, target=TARGET, label_smoothing=0.1),
+        lambda: nn.CrossEntropyLoss()(LOGITS, TARGET),
+        lambda: functional.nll_loss(LOGITS.log_softmax(1), TARGET),
+        lambda: nn.BCEWithLogitsLoss()(LOGITS, (LOGITS > 0).float()),
+        lambda: functional.mse_loss(LOGITS, LOGITS.flip(0)),
+        lambda: functional.cross_entropy(LOGITS, LOGITS.softmax(1)),
+    ],
+    ids=["cross-entropy", "label smoothing", "module", "nll", "bce", "mse", "soft targets"],
+)
+class TestPerSample:
+    def test_mean_is_the_loss(self, loss):
+        result, call = single(loss)
+        per_sample = call.per_sample(6)
+        assert per_sample.shape == (6,)
+        assert agrees(per_sample, result)
+        torch.testing.assert_close(result, loss(), rtol=0, atol=0)
+
+    def test_each_entry_is_the_loss_of_that_sample_alone(self, loss):
+        _, call = single(loss)
+        for i, value in enumerate(call.per_sample(6)):
+            options = dict(call.options)
+            alone = call.function(call.input[i : i + 1], call.target[i : i + 1], **options)
+            torch.testing.assert_close(value, alone)
+
+
+class TestRows:
+    def test_pixels_and_tokens_are_averaged_within_their_sample(self):
+        logits, target = torch.randn(3, 4, 5, 2), torch.randint(4, (3, 5, 2))
+        result, call = single(lambda: functional.cross_entropy(logits, target))
+        torch.testing.assert_close(
+            call.per_sample(3), functional.cross_entropy(logits, target, reduction="none").mean((1, 2))
+        )
+        flat, tokens = torch.randn(6, 4), torch.randint(4, (6,))
+        result, call = single(lambda: functional.cross_entropy(flat, tokens))
+        expected = functional.cross_entropy(flat, tokens, reduction="none").reshape(2, 3).mean(1)
+        torch.testing.assert_close(call.per_sample(2), expected)
+        assert agrees(call.per_sample(2), result)
+        assert call.logits(2) is None, "logits of tokens are not kept"
+        assert call.per_sample(4) is None, "6 rows fit no 4 samples"
+
+    def test_gradients_flow(self):
+        logits = LOGITS.clone().requires_grad_()
+        _, call = single(lambda: functional.cross_entropy(logits, TARGET))
+        (gradient,) = torch.autograd.grad(call.per_sample(6).mean(), logits)
+        torch.testing.assert_close(gradient, (LOGITS.softmax(1) - functional.one_hot(TARGET, 4)) / 6)
+
+    def test_half_precision_is_widened(self):
+        logits = LOGITS.bfloat16()
+        result, call = single(lambda: functional.cross_entropy(logits, TARGET))
+        assert call.per_sample(6).dtype is torch.float32
+        assert agrees(call.per_sample(6), result)
+
+
+class TestAgreement:
+    def test_other_reductions_do_not_agree(self):
+        weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        ignored = TARGET.clone()
+        ignored[0] = -100
+        for loss in (
+            lambda: functional.cross_entropy(LOGITS, TARGET, weight=weight),
+            lambda: functional.cross_entropy(LOGITS, ignored),
+            lambda: functional.cross_entropy(LOGITS, TARGET, reduction="sum"),
+        ):
+            result, call = single(loss)
+            assert not agrees(call.per_sample(6), result)
+
+    @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+    def test_an_infinite_loss_agrees_with_nothing(self, value):
+        assert not agrees(torch.ones(3), torch.tensor(value))
+        assert not agrees(torch.full((3,), value), torch.tensor(value))
+
+    def test_tolerance(self):
+        assert agrees(torch.tensor([1.0, 3.0]), torch.tensor(2.0001))
+        assert not agrees(torch.tensor([1.0, 3.0]), torch.tensor(2.001))
+        assert agrees(torch.tensor([1.0, 3.0]), torch.tensor(2.01, dtype=torch.bfloat16))
+        assert agrees(torch.zeros(2), torch.tensor(0.0))
+
+
+class TestScores:
+    def test_accuracy(self):
+        _, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))
+        assert call.correct(6).tolist() == (LOGITS.argmax(1) == TARGET).float().tolist()
+        torch.testing.assert_close(call.logits(6), LOGITS)
+
+    def test_ignored_targets_do_not_count(self):
+        target = TARGET.clone()
+        target[:4] = -100
+        _, call = single(lambda: functional.cross_entropy(LOGITS, target))
+        torch.testing.assert_close(call.correct(6), (LOGITS[4:].argmax(1) == TARGET[4:]).float().mean())
+        _, call = single(lambda: functional.cross_entropy(LOGITS, torch.full((6,), 3), ignore_index=3))
+        assert call.correct(6) is None
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            lambda: functional.mse_loss(LOGITS, LOGITS + 1),
+            lambda: functional.binary_cross_entropy_with_logits(LOGITS, (LOGITS > 0).float()),
+            lambda: functional.cross_entropy(LOGITS, LOGITS.softmax(1)),
+        ],
+    )
+    def test_no_classes_no_accuracy(self, loss):
+        _, call = single(loss)
+        assert call.correct(6) is None
+        assert call.logits(6) is None
+
+    @pytest.mark.parametrize("options", [{"weight": torch.ones(4)}, {"label_smoothing": 0.1}])
+    def test_a_temperature_is_fitted_to_plain_cross_entropies_only(self, options):
+        _, call = single(lambda: functional.cross_entropy(LOGITS, TARGET, **options))
+        assert call.logits(6) is None
+
+
+def test_all_calls_are_noted_in_order_and_others_are_not():
+    def step():
+        functional.l1_loss(LOGITS, LOGITS)
+        return functional.mse_loss(LOGITS, LOGITS + 1) + functional.cross_entropy(LOGITS, TARGET)
+
+    _, calls = watched(step)
+    assert [call.function for call in calls] == [functional.mse_loss, functional.cross_entropy]
+    functional.mse_loss(LOGITS, LOGITS)
+    assert len(calls) == 2, "nothing is watched afterwards"

@@ -1,0 +1,283 @@
+from collections import OrderedDict
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from small_modules import CLASSES, Classifier, clouds, trainer
+from torch import nn
+from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
+
+from lrf_lightning import StepOutput
+from lrf_lightning.step_loss import StepLoss
+
+
+@pytest.fixture
+def batch():
+    return clouds(8)
+
+
+def per_sample(module, batch):
+    x, y = batch
+    return functional.cross_entropy(module.net(x), y, reduction="none")
+
+
+class Logs(Classifier):
+    names = ("val/loss",)
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        for name in self.names:
+            self.log(name, loss)
+        self.log("val/loss_weight", 1.0)
+
+
+class Silent(Classifier):
+    def validation_step(self, batch, batch_idx):
+        self.loss(batch)
+
+
+class ReturnsLogits(Classifier):
+    def validation_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+
+class TestSources:
+    """The loss is found wherever the module leaves it."""
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda loss: loss,
+            lambda loss: loss.reshape(1),
+            lambda loss: {"loss": loss, "other": torch.ones(3)},
+            lambda loss: OrderedDict(loss=loss, logits=torch.ones(3)),
+            lambda loss: (loss, torch.ones(3)),
+            lambda loss: ["text", loss],
+        ],
+        ids=["tensor", "one entry", "dict", "model output", "tuple", "list"],
+    )
+    def test_what_validation_step_returns(self, wrap, batch):
+        class Wraps(Classifier):
+            def validation_step(self, batch, batch_idx):
+                return wrap(self.loss(batch))
+
+        module = Wraps()
+        torch.testing.assert_close(StepLoss()(module, batch).loss, per_sample(module, batch))
+
+    @pytest.mark.parametrize("name", ["loss", "val/loss", "val_loss", "valid-loss", "Validation/Loss", "loss/val"])
+    def test_what_validation_step_logs(self, name, batch):
+        module = Logs()
+        module.names = (name,)
+        torch.testing.assert_close(StepLoss()(module, batch).loss, per_sample(module, batch))
+
+    def test_the_one_loss_that_validation_step_computes(self, batch):
+        module = Silent()
+        torch.testing.assert_close(StepLoss()(module, batch).loss, per_sample(module, batch))
+
+    def test_training_step_where_validation_step_gives_none(self, batch):
+        module = ReturnsLogits()
+        step_loss = StepLoss()
+        torch.testing.assert_close(step_loss(module, batch).loss, per_sample(module, batch))
+        assert step_loss._source.step == "training_step"
+
+    def test_training_step_where_validation_step_fails(self, batch):
+        class Fails(Classifier):
+            def validation_step(self, batch, batch_idx):
+                raise RuntimeError("only in a fit")
+
+        module = Fails()
+        torch.testing.assert_close(StepLoss()(module, batch).loss, per_sample(module, batch))
+
+    def test_several_logged_losses_are_ambiguous(self, batch):
+        module = Logs()
+        module.names = ("val/loss_a", "val/loss_b")
+        step_loss = StepLoss()
+        step_loss(module, batch)
+        assert step_loss._source.step == "training_step"
+
+    def test_a_vector_of_losses_in_a_dict(self, batch):
+        class Vector(Classifier):
+            def validation_step(self, batch, batch_idx):
+                return {"loss": per_sample(self, batch)}
+
+        module = Vector()
+        torch.testing.assert_close(StepLoss()(module, batch).loss, per_sample(module, batch))
+
+    def test_loss_of_several_terms_stays_one_number(self, batch):
+        class Penalised(Classifier):
+            def loss(self, batch):
+                return super().loss(batch) + 0.1 * self.net[0].weight.square().sum()
+
+        module = Penalised()
+        output = StepLoss()(module, batch)
+        torch.testing.assert_close(output.loss, module.loss(batch))
+        assert output.score.shape == (8,), "the accuracy is known nevertheless"
+        assert output.logits is None
+
+    def test_decided_once_for_all_batches(self, batch):
+        class Changes(Classifier):
+            calls = 0
+
+            def validation_step(self, batch, batch_idx):
+                return self.loss(batch) if len(batch[0]) == 8 else None
+
+        step_loss, module = StepLoss(), Changes()
+        step_loss(module, batch)
+        with pytest.raises(ValueError, match=r"validation_step gave a loss \(returned\) for the first batch, but for"):
+            step_loss(module, clouds(7))
+
+    def test_gradients_flow_and_frozen_models_do(self, batch):
+        module = Classifier().requires_grad_(False)
+        module.net[4].weight.requires_grad_(True)
+        loss = StepLoss()(module, batch).loss.mean()
+        (gradient,) = torch.autograd.grad(loss, module.net[4].weight)
+        assert gradient.abs().sum() > 0
+        assert [p.requires_grad for p in module.parameters()] == [False] * 4 + [True, False]
+
+    def test_decided_without_gradients(self, batch):
+        module = Classifier()
+        with torch.no_grad():
+            output = StepLoss()(module, batch)
+        assert not output.loss.requires_grad
+        torch.testing.assert_close(output.loss, per_sample(module, batch).detach())
+
+
+class TestRefusals:
+    def test_no_lightning_module(self, batch):
+        with pytest.raises(TypeError, match="module is a Linear; StepLoss takes a LightningModule"):
+            StepLoss()(nn.Linear(2, 2), batch)
+
+    def test_no_loss_anywhere(self, batch):
+        class Nothing(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.automatic_optimization = False
+                self.net = nn.Linear(12, CLASSES)
+
+            def training_step(self, batch, batch_idx):
+                raise AssertionError("a manual step must not run: it would train")
+
+            def validation_step(self, batch, batch_idx):
+                return {"accuracy": self.net(batch[0])}
+
+        with pytest.raises(
+            ValueError, match=r"no step of Nothing .*mapping with the keys \['accuracy'\]; training_step cannot be used"
+        ):
+            StepLoss()(Nothing(), batch)
+
+    def test_a_loss_without_gradient(self, batch):
+        class Detached(Classifier):
+            def training_step(self, batch, batch_idx):
+                return self.net(batch[0]).abs().mean().detach()
+
+            validation_step = training_step
+
+        with pytest.raises(ValueError, match=r"shape \(\) and torch.float32 without gradient"):
+            StepLoss()(Detached(), batch)
+
+    def test_the_cause_is_kept(self, batch):
+        class Fails(Classifier):
+            def training_step(self, batch, batch_idx):
+                raise KeyError("missing")
+
+            validation_step = training_step
+
+        with pytest.raises(ValueError, match="training_step raised KeyError") as caught:
+            StepLoss()(Fails(), batch)
+        assert isinstance(caught.value.__cause__, KeyError)
+
+
+class TestScores:
+    def test_accuracy_of_a_cross_entropy(self, batch):
+        module = Classifier()
+        output = StepLoss()(module, batch)
+        assert output.score.tolist() == (module.net(batch[0]).argmax(1) == batch[1]).float().tolist()
+        torch.testing.assert_close(output.logits, module.net(batch[0]).detach())
+        assert torch.equal(output.target, batch[1])
+
+    @pytest.mark.parametrize("name", ["val/acc", "val/acc_epoch", "val/acc_step", "val/acc/dataloader_idx_0"])
+    def test_logged_metric_objects(self, name, batch):
+        class Metric(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.accuracy = MulticlassAccuracy(num_classes=CLASSES, average="macro")
+
+            def validation_step(self, batch, batch_idx):
+                self.accuracy(self.net(batch[0]), batch[1])
+                self.log("val/acc", self.accuracy)
+                return self.loss(batch)
+
+        module = Metric()
+        expected = MulticlassAccuracy(num_classes=CLASSES, average="macro")(module.net(batch[0]), batch[1])
+        score = StepLoss(score=name)(module, batch).score
+        torch.testing.assert_close(score.double().mean(), expected.double())
+
+    def test_a_logged_accuracy_is_told_per_sample(self, batch):
+        class Accuracy(Classifier):
+            def validation_step(self, batch, batch_idx):
+                self.log("val/acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+                return self.loss(batch)
+
+        assert StepLoss(score="val/acc")(Accuracy(), batch).score.shape == (8,)
+
+    def test_a_value_of_the_other_step(self, batch):
+        class InTraining(ReturnsLogits):
+            def validation_step(self, batch, batch_idx):
+                self.log("val/f1", torch.tensor(0.25))
+
+        output = StepLoss(score="val/f1")(InTraining(), batch)
+        assert output.score == 0.25
+
+    def test_callables(self, batch):
+        output = StepLoss(score=lambda module, batch: torch.arange(8.0))(Classifier(), batch)
+        assert output.score.tolist() == list(range(8))
+
+    def test_unknown_name(self, batch):
+        with pytest.raises(ValueError, match=r"score='val/f1' is not logged .*logged are \['train/loss', 'val/loss'\]"):
+            StepLoss(score="val/f1")(Classifier(), batch)
+
+    def test_a_value_that_is_no_number(self, batch):
+        class Vector(Classifier):
+            def validation_step(self, batch, batch_idx):
+                self.log("val/all", torch.ones(3))
+                return self.loss(batch)
+
+        with pytest.raises(ValueError, match=r"score='val/all' is logged with shape \(3,\)"):
+            StepLoss(score="val/all")(Vector(), batch)
+
+
+class TestOwnLoss:
+    def test_tensor_and_step_output(self, batch):
+        module = Classifier()
+        assert StepLoss(loss=per_sample)(module, batch).loss.shape == (8,)
+        output = StepOutput(torch.tensor(1.0), torch.tensor(0.5))
+        assert StepLoss(loss=lambda m, b: output)(module, batch) is output
+
+    def test_with_the_score_of_a_step(self, batch):
+        output = StepLoss(loss=per_sample, score="val/loss")(module := Classifier(), batch)
+        torch.testing.assert_close(output.score.float(), module.loss(batch).detach())
+
+
+class TestTrainer:
+    def test_is_lent_during_the_call(self, batch):
+        class Asks(Classifier):
+            def validation_step(self, batch, batch_idx):
+                assert self.trainer is run
+                return self.loss(batch)
+
+        run, module = trainer(), Asks()
+        StepLoss(run)(module, batch)
+        assert module._trainer is None
+
+    def test_precision(self, batch):
+        class Notes(Classifier):
+            def loss(self, batch):
+                logits = self.net(batch[0])
+                assert logits.dtype is torch.bfloat16
+                return functional.cross_entropy(logits, batch[1])
+
+        module = Notes()
+        output = StepLoss(trainer(precision="bf16-mixed"))(module, batch)
+        assert output.loss.dtype is torch.float32
+        torch.testing.assert_close(output.loss, per_sample(module, batch), rtol=0.05, atol=0.02)
