@@ -30,7 +30,7 @@ from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.report import print_report
 from lrf_lightning.solver.evaluation import Batches, LossFunction
-from lrf_lightning.solver.settings import Cost, GammaKind, Metric, Objective, PaperVariant, Settings
+from lrf_lightning.solver.settings import Cost, GammaKind, Metric, Objective, PaperVariant, Prediction, Settings
 from lrf_lightning.step_loss import Score, StepLoss
 from lrf_lightning.surgery import replace_module
 from lrf_lightning.tracking import log_solution
@@ -84,12 +84,15 @@ class LowRankCompression(Callback):
         confidence: one-sided confidence of the verdict, in (0.5, 1).
         points: number of allocations that are measured.
         refinements: bisection steps between them.
+        prediction: what the allocation trusts, the change of the ``loss`` or the lost ``energy`` of the weights.
+        probes: whether the perturbation range is found by measuring a few truncations.
         compensation: whether factors are fitted to the inputs that they will really see.
         damping: relative damping of second moments.
         first_order_errors: standard errors by which first-order terms are shrunk.
         range_factor: largest ratio of measured to predicted change inside the perturbation range.
         rows_per_feature: sampled input rows per input dimension of a layer.
-        rank_multiple: ranks are rounded to a multiple of this.
+        rank_multiple: ranks are rounded to a multiple of this; None is 8 on CUDA and 1 elsewhere.
+        memory_gib: GiB that statistics and half-finished passes may take.
         include: shell patterns on module names; empty means all.
         exclude: shell patterns on module names that are left alone.
         types: shell patterns on class names of layers; empty means all that are supported.
@@ -136,12 +139,15 @@ class LowRankCompression(Callback):
         confidence: float = 0.95,
         points: int = 8,
         refinements: int = 3,
+        prediction: Prediction = "loss",
+        probes: bool = True,
         compensation: bool = True,
         damping: float = 1e-2,
         first_order_errors: float = 2.0,
         range_factor: float = 3.0,
         rows_per_feature: int = 32,
-        rank_multiple: int = 1,
+        rank_multiple: int | None = None,
+        memory_gib: float = 4.0,
         include: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
         types: tuple[str, ...] = (),
@@ -188,7 +194,8 @@ class LowRankCompression(Callback):
         if self.save and trainer.is_global_zero and self._keeps_files(trainer):
             # loggers look whether their folder exists, so only a folder of ours is created ahead
             checks.check_folder(directory, create=self.dirpath is not None)
-            others = [c for c in trainer.callbacks if isinstance(c, LowRankCompression) and c is not self and c.save]
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            others = [c for c in callbacks if isinstance(c, LowRankCompression) and c is not self and c.save]
             checks.check_single_writer(directory, [other._directory(trainer) for other in others])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

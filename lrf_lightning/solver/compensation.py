@@ -17,7 +17,6 @@ are known; it gets the factors of its dense inputs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, to_device
 from lrf_lightning.solver.factorization import factorize
@@ -34,11 +34,12 @@ from lrf_lightning.solver.lockstep import Run, pause, runs
 from lrf_lightning.solver.statistics import LayerStatistics, Moment, RowSampler
 from lrf_lightning.surgery import factorized, replace_module
 
-__all__ = ["build", "compensated_target"]
+__all__ = ["can_be_fitted", "compensated_target", "fit_layers"]
 
 
-def build(
+def fit_layers(
     model: nn.Module,
+    compressed: nn.Module,
     layers: Mapping[str, LayerStatistics],
     ranks: Mapping[str, int],
     *,
@@ -49,51 +50,63 @@ def build(
     batches: Batches,
     device: torch.device,
     sampler: RowSampler,
+    processes: Processes = ALONE,
+    owners: Mapping[str, int] | None = None,
     advance: Callable[[], None] = lambda: None,
-) -> nn.Module:
-    """A copy of the dense model in which the named layers have the given ranks.
+) -> None:
+    """Replace layers of ``compressed`` by factors of the given ranks.
 
     Args:
         model: dense model on ``device``; as it was on return.
-        layers: statistics by name, in execution order.
-        ranks: rank by name; layers that are missing stay dense.
+        compressed: a copy of it, in which layers upstream may have been replaced already.
+        layers: statistics of the layers to replace, by name, in execution order.
+        ranks: rank by name.
         metric: metric of the factorization.
         damping: relative damping of the moments.
         compensation: whether factors are fitted to the inputs of the compressed model.
         loss: the user's loss; only its forward pass is used.
-        batches: calibration data; all of it is in use at once.
+        batches: this process's calibration data; all of it is in use at once.
         device: where batches are moved to.
         sampler: chooses rows.
+        processes: who else works on other batches.
+        owners: the process that solves each layer, by name; the first one by default.
         advance: called after every layer.
     """
-    compressed = copy.deepcopy(model)
-    chosen = {name: layer for name, layer in layers.items() if name in ranks}
 
-    def solved(name: str, evidence: _Evidence | None) -> LowRankModule:
-        layer = chosen[name]
-        target, inputs = layer.candidate.matrices().double(), layer.inputs.mean
+    def factors_of(name: str, evidence: _Evidence | None) -> tuple[Tensor, Tensor]:
+        layer, rank = layers[name], ranks[name]
+        target, inputs = layer.candidate.matrices().double(), layer.inputs.known_mean
         if evidence is not None and evidence.inputs.rows > 0:
             inputs = evidence.inputs.mean
             target = compensated_target(target, evidence.cross.mean, inputs, damping)
-        factors = factorize(
-            target,
-            None if metric == "euclidean" else inputs,
-            layer.gradients.mean if metric == "fisher" else None,
-            damping=damping,
-            max_rank=ranks[name],
-        )
-        advance()
-        return factorized(layer.candidate.module, *factors.truncated(ranks[name]))
+        inputs = None if metric == "euclidean" else inputs
+        outputs = layer.gradients.mean if metric == "fisher" else None
+        return factorize(target, inputs, outputs, damping=damping, max_rank=rank).truncated(rank)
 
-    fitted = _fitted(chosen) if compensation else []
-    for name in chosen:
+    def solved(name: str, evidence: _Evidence | None) -> LowRankModule:
+        candidate, owner = layers[name].candidate, (owners or {}).get(name, 0)
+        shapes = (candidate.groups, candidate.rows, ranks[name]), (candidate.groups, ranks[name], candidate.columns)
+        solution = processes.patiently(
+            f"solving {name!r}", lambda: factors_of(name, evidence) if processes.rank == owner else None
+        )
+        factors = solution or tuple(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+        processes.broadcast_(factors, owner)
+        advance()
+        return factorized(candidate.module, *factors)
+
+    fitted = {name: layer for name, layer in layers.items() if compensation and can_be_fitted(layer)}
+    for name in layers:
         if name not in fitted:
             replace_module(compressed, name, solved(name, None))
     if fitted:
-        fitting = _Fitting({name: chosen[name] for name in fitted}, solved, sampler)
+        fitting = _Fitting(fitted, solved, sampler, processes)
         for name, new in fitting.run(model, compressed, loss, batches, device).items():
             replace_module(compressed, name, new)
-    return compressed
+
+
+def can_be_fitted(layer: LayerStatistics) -> bool:
+    """Whether a layer is replaced before it runs again, so that its inputs are known when it is solved."""
+    return not layer.repeated and not layer.candidate.twins
 
 
 def compensated_target(
@@ -124,13 +137,6 @@ class _Evidence:
     inputs: Moment = field(default_factory=Moment)
 
 
-def _fitted(layers: Mapping[str, LayerStatistics]) -> list[str]:
-    """The layers that see changed inputs and can be fitted to them before they run again."""
-    names = [name for name, layer in layers.items() if not layer.repeated and not layer.candidate.twins]
-    first = next(iter(layers), None)  # nothing upstream of it changes
-    return [name for name in names if name != first]
-
-
 @dataclass
 class _Fitting:
     """Solves layers one after the other while the passes of all batches stand before them."""
@@ -138,6 +144,7 @@ class _Fitting:
     layers: Mapping[str, LayerStatistics]
     solved: Callable[[str, _Evidence | None], LowRankModule]
     sampler: RowSampler
+    processes: Processes = ALONE
     replacements: dict[str, LowRankModule] = field(default_factory=dict)
 
     def run(
@@ -163,22 +170,24 @@ class _Fitting:
         return self.replacements
 
     def _solve(self, passes: list[tuple[int, Run, Run]]) -> None:
-        for _, _, compressed in passes:
-            compressed.resume()
+        here = list(enumerate(passes))
         for name, layer in self.layers.items():
             evidence = _Evidence()
-            here = [item for item in enumerate(passes) if _stands_before(item[1][2], name)]
-            for index, (size, dense, compressed) in here:
-                _advance_to(dense, name)
-                if _stands_before(dense, name):
-                    y = self._rows(layer, compressed.event[1], size, index)
-                    evidence.cross.add(self._rows(layer, dense.event[1], size, index), y)
-                    evidence.inputs.add(y, y)
+            with self.processes.together(f"running to {name!r}"):
+                for _, (_, _, compressed) in here:
+                    compressed.resume()
+                here = [item for item in enumerate(passes) if _stands_before(item[1][2], name)]
+                for position, (size, dense, compressed) in here:
+                    _advance_to(dense, name)
+                    if _stands_before(dense, name):
+                        index = self.processes.index(position)
+                        y = self._rows(layer, compressed.event[1], size, index)
+                        evidence.cross.add(self._rows(layer, dense.event[1], size, index), y)
+                        evidence.inputs.add(y, y)
+            if self.processes.size > 1:
+                evidence.cross.merge(self.processes)
+                evidence.inputs.merge(self.processes)
             self.replacements[name] = self.solved(name, evidence)
-            if len(self.replacements) == len(self.layers):
-                return  # what comes after the last layer is of no interest
-            for _, (_, _, compressed) in here:
-                compressed.resume()
 
     def _rows(self, layer: LayerStatistics, x: Tensor, size: int, index: int) -> Tensor:
         available = layer.reader.rows_per_sample(x, size)

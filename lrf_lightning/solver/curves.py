@@ -22,11 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.statistics import LayerStatistics, backward_passes
 
-__all__ = ["Prediction", "component_derivatives", "predict", "shrink"]
+__all__ = ["Prediction", "component_derivatives", "predict", "shrink", "tail_derivatives", "tail_moments"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class _Derivatives:
     heads: list[Tensor]  # per batch (B, r): z of the components that are projected
     totals: list[Tensor]  # per batch (B,): sum of z over all components
 
-    def joined(self, samples: int) -> tuple[Tensor, Tensor]:
-        """Both over all samples; those of batches in which the layer did not run do not depend on it, and come last."""
-        heads, totals = torch.cat(self.heads), torch.cat(self.totals)
-        idle = samples - len(totals)
-        return torch.cat([heads, heads.new_zeros(idle, heads.shape[1])]), torch.cat([totals, totals.new_zeros(idle)])
+    def add(self, calls: list[tuple[Tensor, Tensor]], size: int, components: int) -> None:
+        """Add up the calls of one batch; the samples of a batch in which the layer did not run do not depend on it."""
+        none = torch.zeros(size, components, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        self.heads.append(sum((head for head, _ in calls), none[0]))
+        self.totals.append(sum((total for _, total in calls), none[1]))
 
 
 def component_derivatives(
@@ -65,9 +66,10 @@ def component_derivatives(
     batches: Batches,
     device: torch.device,
     *,
+    processes: Processes = ALONE,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """One forward and backward pass that collects the directional derivatives of every sample.
+    """One forward and backward pass that collects the directional derivatives of every sample of this process.
 
     Args:
         model: dense model on ``device``.
@@ -76,6 +78,7 @@ def component_derivatives(
         loss: the user's loss.
         batches: calibration data.
         device: where batches are moved to.
+        processes: who else works on other batches.
         advance: called after every batch.
 
     Returns:
@@ -102,29 +105,47 @@ def component_derivatives(
 
         return on_gradient
 
-    def flush() -> None:
-        # a layer that is called several times adds up its calls within the batch
+    def flush(size: int) -> None:
         for name, calls in pending.items():
-            if calls:
-                collected[name].heads.append(torch.stack([head for head, _ in calls]).sum(0))
-                collected[name].totals.append(torch.stack([total for _, total in calls]).sum(0))
-                calls.clear()
+            collected[name].add(calls, size, factors[name].left.shape[-1])
+            calls.clear()
         advance()
 
-    samples = backward_passes(model, layers, loss, batches, device, on_forward, flush)
-    return {name: d.joined(samples) for name, d in collected.items()}
+    with processes.together("the curves"):
+        backward_passes(model, layers, loss, batches, device, on_forward, flush, processes)
+    return {name: (torch.cat(d.heads), torch.cat(d.totals)) for name, d in collected.items()}
 
 
 def predict(
     heads: Tensor,  # (samples, r)
     totals: Tensor,  # (samples,)
     relative_tail: Tensor,  # (r,)
+    processes: Processes = ALONE,
 ) -> Prediction:
-    """First-order change, its standard error and the curvature at the ranks 1 to r."""
-    tails = -(totals[:, None] - heads.cumsum(1))
-    samples = tails.shape[0]
-    error = tails.std(0, correction=1) / math.sqrt(samples) if samples > 1 else torch.full_like(tails[0], math.inf)
-    return Prediction(tails.mean(0), error, tails.square().mean(0) / 2, relative_tail[: tails.shape[1]].cpu())
+    """First-order change, its standard error and the curvature at the ranks 1 to r, over all processes' samples."""
+    mean, square, error = tail_moments(tail_derivatives(heads, totals), processes)
+    return Prediction(mean, error, square / 2, relative_tail[: len(mean)].cpu())
+
+
+def tail_derivatives(
+    heads: Tensor,  # (samples, r)
+    totals: Tensor,  # (samples,)
+) -> Tensor:
+    """Derivative of every sample's loss along the truncation to the ranks 1 to r, shape (samples, r)."""
+    return -(totals[:, None] - heads.cumsum(1))
+
+
+def tail_moments(tails: Tensor, processes: Processes = ALONE) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, mean square and standard error of the mean of every column over the samples of all processes."""
+    count = torch.tensor(float(len(tails)), dtype=torch.float64)
+    total, square = tails.sum(0), tails.square().sum(0)
+    processes.sum_([count, total])
+    mean = total / count
+    spread = (tails - mean).square().sum(0)
+    processes.sum_([square, spread])
+    samples = float(count)
+    error = (spread / (samples - 1)).sqrt() / math.sqrt(samples) if samples > 1 else torch.full_like(mean, math.inf)
+    return mean, square / samples, error
 
 
 def shrink(value: Tensor, threshold: Tensor) -> Tensor:

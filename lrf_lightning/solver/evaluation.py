@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.result import Measurement
 
 __all__ = ["Batches", "LossFunction", "Outcome", "StepOutput", "batch_size", "evaluate", "evaluation_mode", "to_device"]
@@ -77,6 +78,7 @@ def evaluate(
     *,
     split: str = "the data",
     keep_logits: bool = False,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Loss and score of ``model`` on every sample, in evaluation mode and without gradients.
 
@@ -87,18 +89,20 @@ def evaluate(
         device: where the batches are moved to.
         split: name of the split for error messages.
         keep_logits: whether logits are kept, for the temperature-scaled loss.
+        processes: who else evaluates other batches; the outcome covers those of all.
 
     Raises:
         ValueError: if there is no batch, or a loss is neither a scalar nor a vector with one entry per sample.
     """
     outputs: list[StepOutput] = []
     sizes: list[int] = []
-    with evaluation_mode(model), torch.no_grad():
+    with processes.together(f"the evaluation on {split}"), evaluation_mode(model), torch.no_grad():
         for batch in batches:
             size = batch_size(batch)
             output = step(model, loss, to_device(batch, device), size)
             sizes.append(size)
             outputs.append(_to_cpu(output, keep_logits))
+    outputs, sizes = processes.interleaved(outputs), processes.interleaved(sizes)
     if not outputs:
         raise ValueError(f"{split} holds no batch; give a loader that yields at least one and can be iterated again")
     return _join(outputs, sizes)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "damped", "factorize"]
+__all__ = ["Factors", "damped", "decomposition_cost", "factorize"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Factors:
         scale = torch.where(product > 0, (right_norm / left_norm.clamp_min(1e-300)).sqrt(), torch.ones_like(product))
         safe = torch.where(scale > 0, scale, torch.ones_like(scale))
         return left * safe[..., None, :], right / safe[..., None]
+
+    def spectrum(self) -> Tensor:
+        """Root mean square of the singular values over the groups, on the CPU, shape (min(m, n),)."""
+        return self.singular_values.square().mean(0).sqrt().cpu()
 
     def relative_tail(self) -> Tensor:
         """Norm of what truncation to rank k = 1, 2, ... leaves out over the norm of all, in the metric, shape (r,)."""
@@ -147,3 +151,12 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root[..., None, :]) @ vectors.transpose(-1, -2), (
         vectors * inverse[..., None, :]
     ) @ vectors.transpose(-1, -2)
+
+
+def decomposition_cost(groups: int, rows: int, columns: int) -> float:
+    """Estimated multiply-adds of :func:`factorize`, for sharing the work out.
+
+    Two eigendecompositions of the smaller side and one of the outer moment, about 9 n^3 each, and the products.
+    """
+    small, large = min(rows, columns), max(rows, columns)
+    return groups * (9.0 * (small**3 + rows**3) + small * large * (small + large) + 2.0 * rows**2 * columns)

@@ -6,6 +6,7 @@ is chosen is judged later, on the verification split.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from lrf_lightning.solver.allocation import Option, allocate, cheapest
 from lrf_lightning.solver.certificate import default_loss_margin
-from lrf_lightning.solver.compensation import build
-from lrf_lightning.solver.evaluation import Outcome, evaluate
+from lrf_lightning.solver.compensation import fit_layers
+from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.result import FrontierPoint
+from lrf_lightning.solver.statistics import memory_groups
 from lrf_lightning.solver.workspace import Workspace
 
 __all__ = ["Frontier", "choose_compact", "choose_lossless"]
@@ -78,29 +80,38 @@ class Frontier:
         key = _key(ranks)
         if key not in self.measured:
             compressed = self.build(ranks)
-            outcome = evaluate(
-                compressed, self.work.loss, self.work.selection, self.work.device, split="selection", keep_logits=True
-            )
+            outcome = self.work.evaluate(compressed, "selection", keep_logits=True)
             self.measured[key] = _Measured(self._point(ranks, compressed, outcome), outcome)
         return self.measured[key].point
 
     def build(self, ranks: Mapping[str, int]) -> nn.Module:
         """A compensated copy of the dense model with the given ranks."""
         work, settings = self.work, self.work.settings
-        with work.stage("compensation", 0) as advance:
-            return build(
-                work.model,
-                work.layers,
-                ranks,
-                metric=settings.metric,
-                damping=settings.damping,
-                compensation=settings.compensation,
-                loss=work.loss,
-                batches=work.calibration,
-                device=work.device,
-                sampler=work.sampler,
-                advance=advance,
-            )
+        compressed = copy.deepcopy(work.model)
+        chosen = {name: layer for name, layer in work.layers.items() if name in ranks}
+        by_candidate = {id(layer.candidate): name for name, layer in chosen.items()}
+        with work.stage("compensation", len(chosen)) as advance:
+            for group in memory_groups((layer.candidate for layer in chosen.values()), work.memory):
+                layers = {by_candidate[id(candidate)]: chosen[by_candidate[id(candidate)]] for candidate in group}
+                if not work.keeps_gradients:
+                    layers = work.statistics(group)
+                fit_layers(
+                    work.model,
+                    compressed,
+                    layers,
+                    ranks,
+                    metric=settings.metric,
+                    damping=settings.damping,
+                    compensation=settings.compensation,
+                    loss=work.loss,
+                    batches=work.compensation_batches(),
+                    device=work.device,
+                    sampler=work.sampler,
+                    processes=work.processes,
+                    owners=work.owners(layers),
+                    advance=advance,
+                )
+        return compressed
 
     def walk(self) -> list[FrontierPoint]:
         """Measure ``settings.points`` shares from 0.9 to 0.1 of the cost, equally spaced on a logarithmic scale."""
@@ -229,7 +240,7 @@ def _options(work: Workspace, *, only_allowed: bool) -> dict[str, list[Option]]:
     """Every layer's choices: dense, and the ranks on the grid of ``rank_multiple``."""
     options: dict[str, list[Option]] = {}
     for name, layer in work.layers.items():
-        curve, multiple = work.curves[name], work.settings.rank_multiple
+        curve, multiple = work.curves[name], work.rank_multiple
         count = len(curve.change)
         grid = range(multiple, count + 1, multiple) if count >= multiple else range(1, count + 1)
         choices = [Option(None, work.cost(layer, None), 0.0)]

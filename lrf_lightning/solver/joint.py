@@ -1,4 +1,4 @@
-"""The joint solver: statistics, factorization, curves, allocation, compensation, frontier, choice, verdict.
+"""The joint solver: calibration, allocation, compensation, frontier, choice, verdict.
 
 See the modules of this package for the mathematics of each stage; this one only puts them in order.
 """
@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import time
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lrf_lightning.distributed import current_processes
+from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.certificate import certify, fit_temperature
-from lrf_lightning.solver.curves import component_derivatives, predict
-from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, batch_size, evaluate
-from lrf_lightning.solver.factorization import Factors, factorize
+from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome
 from lrf_lightning.solver.frontier import Frontier, choose_compact, choose_lossless, mark_chosen
 from lrf_lightning.solver.paper import greedy_rank
-from lrf_lightning.solver.probes import corrected_curve, measure_probes, probe_ranks
 from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, Solution
 from lrf_lightning.solver.settings import Settings
-from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
-from lrf_lightning.solver.workspace import Curve, Progress, Workspace, length
+from lrf_lightning.solver.statistics import LayerStatistics
+from lrf_lightning.solver.workspace import Progress, Workspace
 from lrf_lightning.surgery import Skipped, find_layers, prepare, settle
 
 __all__ = ["solve"]
-
-PROBE_SAMPLES = 256
 
 
 def solve(
@@ -51,19 +46,24 @@ def solve(
     started = time.perf_counter()
     _check_weights(model)
     if settings.objective == "paper":  # the published algorithm knows neither metrics nor compensation
-        settings = dataclasses.replace(settings, metric="euclidean", compensation=False)
+        settings = dataclasses.replace(settings, metric="euclidean", compensation=False, probes=False)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     working = copy.deepcopy(model).to(device)
     prepare(working)
     work = Workspace(
-        working, loss, calibration, selection, verification, device, settings, progress or (lambda *_: None)
+        working,
+        loss,
+        {"calibration": calibration, "selection": selection, "verification": verification},
+        device,
+        settings,
+        progress or (lambda *_: None),
+        current_processes(device),
     )
     dense = _evaluate_dense(work)
     candidates, work.skipped = find_layers(working, **settings.layer_choice)
     if candidates:
-        _collect(work, candidates)
+        calibrate(work, candidates)
     if work.layers:
-        _draw_curves(work)
         compressed, points, chosen, message = _choose(work, dense)
     else:
         compressed, points, chosen = working, [], None
@@ -83,82 +83,12 @@ def _check_weights(model: nn.Module) -> None:
 
 def _evaluate_dense(work: Workspace) -> Outcome:
     with work.stage("evaluation", 0):
-        outcome = evaluate(work.model, work.loss, work.selection, work.device, split="selection", keep_logits=True)
+        outcome = work.evaluate(work.model, "selection", keep_logits=True)
     if not torch.isfinite(outcome.losses).all():
         raise ValueError(
             f"the loss of the original model on selection is {outcome.measurement().loss}; it must be finite"
         )
-    work.samples["selection"] = outcome.measurement().samples
     return outcome
-
-
-def _collect(work: Workspace, candidates: list[Any]) -> None:
-    """Fill ``work.layers`` with the usable layers, in execution order."""
-    batches = length(work.calibration)
-    first = next(iter(work.calibration), None)
-    guess = batches * batch_size(first) if first is not None else 0
-    work.sampler = RowSampler(work.settings.rows_per_feature, guess, work.settings.seed)
-    with work.stage("statistics", batches) as advance:
-        layers = collect_statistics(
-            work.model, candidates, work.loss, work.calibration, work.device, sampler=work.sampler, advance=advance
-        )
-    work.samples["calibration"] = work.sampler.samples
-    work.layers = {name: layer for name, layer in layers.items() if not layer.problem}
-    work.skipped += [
-        Skipped(name, layer.candidate.kind, layer.problem) for name, layer in layers.items() if layer.problem
-    ]
-
-
-def _draw_curves(work: Workspace) -> None:
-    """Fill ``work.factors`` and ``work.curves``."""
-    settings = work.settings
-    with work.stage("factorization", len(work.layers)) as advance:
-        for name, layer in work.layers.items():
-            work.factors[name] = _components(layer, settings)
-            advance()
-    with work.stage("curves", length(work.calibration)) as advance:
-        derivatives = component_derivatives(
-            work.model, work.layers, work.factors, work.loss, work.calibration, work.device, advance=advance
-        )
-    # so far only known as batches times the size of the first one
-    work.samples["calibration"] = len(next(iter(derivatives.values()))[1])
-    probing = settings.objective != "paper"
-    batches = _some_batches(work.calibration, PROBE_SAMPLES) if probing else []
-    dense = evaluate(work.model, work.loss, batches, work.device) if probing else None
-    with work.stage("perturbation range", len(work.layers) if probing else 0) as advance:
-        for name, layer in work.layers.items():
-            work.curves[name] = _curve(work, layer, derivatives[name], dense, batches)
-            advance()
-
-
-def _components(layer: LayerStatistics, settings: Settings) -> Factors:
-    candidate = layer.candidate
-    return factorize(
-        candidate.matrices(),
-        None if settings.metric == "euclidean" else layer.inputs.mean,
-        layer.gradients.mean if settings.metric == "fisher" else None,
-        damping=settings.damping,
-        max_rank=candidate.max_rank,
-    )
-
-
-def _curve(
-    work: Workspace,
-    layer: LayerStatistics,
-    derivatives: tuple[Tensor, Tensor],
-    dense: Outcome | None,
-    batches: list[Any],
-) -> Curve:
-    settings, factors = work.settings, work.factors[layer.candidate.name]
-    prediction = predict(*derivatives, factors.relative_tail())
-    if dense is None:
-        everything = torch.ones_like(prediction.first_order, dtype=torch.bool)
-        return Curve(prediction, prediction.first_order, everything, [])
-    change = prediction.change(settings.first_order_errors)
-    ranks = probe_ranks(prediction.perturbation)
-    probes = measure_probes(work.model, layer, factors, change, ranks, dense, work.loss, batches, work.device)
-    corrected, allowed = corrected_curve(prediction, settings.first_order_errors, probes, settings.range_factor)
-    return Curve(prediction, corrected, allowed, probes)
 
 
 def _choose(work: Workspace, dense: Outcome) -> tuple[nn.Module, list[FrontierPoint], FrontierPoint | None, str]:
@@ -220,9 +150,9 @@ def _solution(
 ) -> Solution:
     ranks = {} if chosen is None else dict(chosen.ranks)
     with work.stage("verification", 0):
-        before = evaluate(work.model, work.loss, work.verification, work.device, split="verification", keep_logits=True)
-        after = evaluate(compressed, work.loss, work.verification, work.device, split="verification", keep_logits=True)
-        fitted = evaluate(compressed, work.loss, work.selection, work.device, keep_logits=True)
+        before = work.evaluate(work.model, "verification", keep_logits=True)
+        after = work.evaluate(compressed, "verification", keep_logits=True)
+        fitted = work.evaluate(compressed, "selection", keep_logits=True)
     temperatures = (fit_temperature(dense), fit_temperature(fitted))
     certificate = certify(
         before,
@@ -231,7 +161,6 @@ def _solution(
         temperatures=None if None in temperatures else temperatures,  # type: ignore[arg-type]
         unchanged=chosen is None,
     )
-    work.samples["verification"] = certificate.dense.samples
     settle(compressed)
     layers = [_layer_result(work, layer, ranks) for layer in work.layers.values()]
     layers += [_skipped_result(work.model, skipped) for skipped in work.skipped]
@@ -279,8 +208,8 @@ def _layer_result(work: Workspace, layer: LayerStatistics, ranks: dict[str, int]
             predicted=curve.change.tolist(),
             perturbation=prediction.perturbation.tolist(),
             allowed=curve.allowed.tolist(),
-            singular_values=work.factors[candidate.name].singular_values.square().mean(0).sqrt().tolist(),
-            probes=[(p.rank, p.predicted, p.measured, p.standard_error) for p in curve.probes],
+            singular_values=curve.spectrum.tolist(),
+            probes=[(p.ranks[candidate.name], p.predicted, p.measured, p.standard_error) for p in curve.probes],
         ),
     )
 
@@ -292,15 +221,6 @@ def _skipped_result(model: nn.Module, skipped: Skipped) -> LayerResult:
     shape = () if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) else tuple(weight.shape)
     count = 0 if not shape or weight is None else weight.numel()
     return LayerResult(skipped.name, skipped.kind, shape, 0, None, count, count, reason=skipped.reason)
-
-
-def _some_batches(batches: Batches, samples: int) -> list[Any]:
-    taken: list[Any] = []
-    for batch in itertools.islice(batches, samples):
-        taken.append(batch)
-        if sum(batch_size(b) for b in taken) >= samples:
-            break
-    return taken
 
 
 def _reasons(skipped: list[Skipped]) -> str:

@@ -1,116 +1,149 @@
 """Perturbation range: up to which perturbation of a layer does the quadratic prediction hold?
 
-Every layer is truncated alone, at a few ranks, and the change of the loss is measured on part of the calibration data.
-The ratio of measured to predicted curvature corrects the predicted curve (interpolated over the logarithm of the
-perturbation), and the range ends where the ratio leaves ``[1 / range_factor, range_factor]`` by more than the noise of
-the measurement.
+Layers are truncated, at a few ranks, and the change of the loss is measured on part of the calibration data. To keep
+the cost linear in the depth the layers are truncated in a fixed number of groups of neighbours, alone where there are
+few. The ratio of measured to predicted curvature corrects the predicted curves of a group (its root, interpolated over
+the logarithm of the perturbation: the compensation will undo part of what was measured), and the range ends where the
+ratio leaves ``[1 / range_factor, range_factor]`` by more than the noise of the measurement.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrf_lightning.solver.curves import Prediction
+from lrf_lightning.distributed import ALONE, Processes
+from lrf_lightning.solver.curves import Prediction, shrink, tail_moments
 from lrf_lightning.solver.evaluation import LossFunction, Outcome, evaluate
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.surgery import factorized, replace_module
 
-__all__ = ["Probe", "corrected_curve", "measure_probes", "probe_ranks"]
+__all__ = ["Probe", "corrected_curve", "measure_probe", "predicted_probe", "probe_groups", "probe_ranks"]
 
+LEVELS = 3
 # the correction is an estimate from few samples: never let it turn a curve by more than this
 LARGEST_CORRECTION = 30.0
+TRUST = 0.5
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One measured truncation of one layer.
+    """One measured truncation of a group of layers.
 
     Attributes:
-        rank: the rank that was tried.
-        predicted: predicted change of the loss.
+        ranks: the ranks that were tried, by layer.
+        first_order: predicted first-order change of the loss, shrunk.
+        curvature: predicted curvature.
         measured: measured change of the loss.
         standard_error: standard error of the measured paired change.
     """
 
-    rank: int
-    predicted: float
+    ranks: Mapping[str, int]
+    first_order: float
+    curvature: float
     measured: float
     standard_error: float
 
+    @property
+    def predicted(self) -> float:
+        """Predicted change of the loss."""
+        return self.first_order + self.curvature
 
-def probe_ranks(perturbation: Tensor, count: int = 3) -> list[int]:
+
+def probe_ranks(perturbation: Tensor, count: int = LEVELS) -> list[int]:
     """Ranks, largest first, whose perturbations are spread evenly between the smallest and the largest one.
 
     Args:
         perturbation: relative perturbation at ranks 1 to r, falling, shape (r,).
-        count: how many, fewer if the layer has fewer ranks.
+        count: how many; a rank may come up several times.
     """
     largest, smallest = float(perturbation[0]), float(perturbation[-1])
     levels = [smallest + (largest - smallest) * (i + 0.5) / count for i in range(count)]
-    ranks = {int((perturbation - level).abs().argmin()) + 1 for level in levels}
-    return sorted(ranks, reverse=True)
+    return sorted((int((perturbation - level).abs().argmin()) + 1 for level in levels), reverse=True)
 
 
-def measure_probes(
+def probe_groups(names: Sequence[str], count: int) -> list[list[str]]:
+    """Cut the layers into at most ``count`` runs of neighbours of nearly equal length."""
+    bounds = [round(i * len(names) / count) for i in range(count + 1)]
+    return [list(names[a:b]) for a, b in itertools.pairwise(bounds) if b > a]
+
+
+def predicted_probe(
+    tails: Sequence[Tensor],  # one per layer, (samples,)
+    errors: float,
+    processes: Processes = ALONE,
+) -> tuple[float, float]:
+    """First-order change, shrunk by ``errors`` standard errors, and curvature of a joint truncation.
+
+    Args:
+        tails: every sample's derivative along each layer's truncation, see
+            :func:`~lrf_lightning.solver.curves.tail_derivatives`.
+        errors: standard errors by which the first-order change is shrunk.
+        processes: who else holds other samples.
+    """
+    mean, square, error = tail_moments(torch.stack(list(tails)).sum(0)[:, None], processes)
+    threshold = error * errors if errors > 0 else torch.zeros_like(error)
+    return float(shrink(mean, threshold)), float(square / 2)
+
+
+def measure_probe(
     model: nn.Module,
-    layer: LayerStatistics,
-    factors: Factors,
-    change: Tensor,  # (r,)
-    ranks: Sequence[int],
+    layers: Mapping[str, LayerStatistics],
+    factors: Mapping[str, Factors],
+    ranks: Mapping[str, int],
+    prediction: tuple[float, float],
     dense: Outcome,
     loss: LossFunction,
     batches: Sequence[Any],
     device: torch.device,
-    advance: Callable[[], None] = lambda: None,
-) -> list[Probe]:
-    """Truncate one layer of ``model`` to each rank in turn, measure, and put the dense layer back.
+    processes: Processes = ALONE,
+) -> Probe:
+    """Truncate layers of ``model``, measure, and put the dense layers back.
 
     Args:
         model: dense model on ``device``; as it was on return.
-        layer: the layer.
-        factors: its components.
-        change: predicted change of the loss at the ranks 1 to r.
-        ranks: ranks to try.
+        layers: at least the layers to truncate, by name.
+        factors: their components by name.
+        ranks: rank by name.
+        prediction: first-order change and curvature, see :func:`predicted_probe`.
         dense: losses of the dense model on the same batches.
         loss: the user's loss.
-        batches: part of the calibration data.
+        batches: part of this process's calibration data.
         device: where batches are moved to.
-        advance: called after every measured rank.
+        processes: who else measures on other batches.
     """
-    probes: list[Probe] = []
-    dense_module = layer.candidate.module
-    current: nn.Module = dense_module
     try:
-        for rank in ranks:
-            new = factorized(dense_module, *factors.truncated(rank))
-            replace_module(model, layer.candidate.name, new)
-            current = new
-            outcome = evaluate(model, loss, batches, device)
-            probes.append(_probe(rank, float(change[rank - 1]), outcome, dense))
-            advance()
+        for name, rank in ranks.items():
+            module = layers[name].candidate.module
+            replace_module(model, name, factorized(module, *factors[name].truncated(rank)))
+        outcome = evaluate(model, loss, batches, device, processes=processes)
     finally:
-        if current is not dense_module:
-            replace_module(model, layer.candidate.name, dense_module)
-    return probes
+        for name in ranks:
+            replace_module(model, name, layers[name].candidate.module)
+    differences = outcome.losses - dense.losses
+    share = dense.weights / dense.weights.sum()
+    mean = float((share * differences).sum())
+    error = float((share.square() * (differences - mean).square()).sum().sqrt())
+    return Probe(dict(ranks), *prediction, mean, error)
 
 
 def corrected_curve(
-    prediction: Prediction, errors: float, probes: Sequence[Probe], range_factor: float
+    name: str, prediction: Prediction, errors: float, probes: Sequence[Probe], range_factor: float
 ) -> tuple[Tensor, Tensor]:
     """The predicted change, corrected by the probes, and which ranks lie inside the perturbation range.
 
     Args:
-        prediction: of ranks 1 to r.
+        name: the layer.
+        prediction: of its ranks 1 to r.
         errors: standard errors by which the first-order term is shrunk.
-        probes: measured points.
+        probes: measurements in which the layer took part.
         range_factor: largest ratio of measured to predicted change that counts as agreement.
 
     Returns:
@@ -118,32 +151,22 @@ def corrected_curve(
     """
     change = prediction.change(errors)
     first_order = change - prediction.curvature
-    points: list[tuple[float, float]] = []  # (log perturbation, log ratio)
+    points: list[tuple[float, float]] = []  # (log perturbation, log correction)
     limit = math.inf
-    for probe in sorted(probes, key=lambda probe: -probe.rank):
-        perturbation = float(prediction.perturbation[probe.rank - 1])
-        curvature = float(prediction.curvature[probe.rank - 1])
-        if perturbation <= 0 or curvature <= 0:
+    for probe in sorted(probes, key=lambda probe: -probe.ranks[name]):
+        perturbation = float(prediction.perturbation[probe.ranks[name] - 1])
+        if perturbation <= 0 or probe.curvature <= 0:
             continue
-        rise = probe.measured - float(first_order[probe.rank - 1])
-        noise = 2 * probe.standard_error
+        rise, noise = probe.measured - probe.first_order, 2 * probe.standard_error
         finite = math.isfinite(rise)
-        if not finite or rise - noise > range_factor * curvature or rise + noise < curvature / range_factor:
+        if not finite or rise - noise > range_factor * probe.curvature or rise + noise < probe.curvature / range_factor:
             limit = min(limit, perturbation)
         if not finite or rise > noise:
-            ratio = rise / curvature if finite else LARGEST_CORRECTION
+            ratio = rise / probe.curvature if finite else LARGEST_CORRECTION
             ratio = min(max(ratio, 1 / LARGEST_CORRECTION), LARGEST_CORRECTION)
-            points.append((math.log(perturbation), math.log(ratio)))
+            points.append((math.log(perturbation), TRUST * math.log(ratio)))
     inside = prediction.perturbation < limit if math.isfinite(limit) else torch.ones_like(change, dtype=torch.bool)
     return first_order + prediction.curvature * _interpolated(prediction.perturbation, points), inside
-
-
-def _probe(rank: int, predicted: float, outcome: Outcome, dense: Outcome) -> Probe:
-    differences = outcome.losses - dense.losses
-    share = dense.weights / dense.weights.sum()
-    mean = float((share * differences).sum())
-    error = float((share.square() * (differences - mean).square()).sum().sqrt())
-    return Probe(rank, predicted, mean, error)
 
 
 def _interpolated(perturbation: Tensor, points: Sequence[tuple[float, float]]) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-__all__ = ["Cost", "GammaKind", "Metric", "Objective", "PaperVariant", "Settings"]
+__all__ = ["Cost", "GammaKind", "Metric", "Objective", "PaperVariant", "Prediction", "Settings"]
 
 Objective = Literal["lossless", "compact", "budget", "paper"]
 Metric = Literal["euclidean", "activation", "fisher"]
 Cost = Literal["params", "flops"]
+Prediction = Literal["loss", "energy"]
 PaperVariant = Literal["lossless", "compact"]
 GammaKind = Literal["relative", "mean_square"]
 
@@ -41,13 +42,19 @@ class Settings:
         confidence: one-sided confidence of the verdict's bounds, in (0.5, 1).
         points: number of allocations that are measured for the frontier, at least 2.
         refinements: bisection steps that ``compact`` and ``lossless`` add between frontier points.
+        prediction: what the allocation trusts, ``loss`` (first-order change and curvature of the model's loss) or
+            ``energy`` (the share of the weight's squared norm that is lost, as plain and whitened SVD do).
+        probes: whether the perturbation range is found by measuring a few truncations, with ``prediction="loss"``.
         compensation: whether factors are fitted to the inputs that they will really see, layer after layer.
         damping: relative damping of the second moments of inputs and gradients, at least 0.
         first_order_errors: standard errors by which a first-order term is shrunk towards 0 before it is believed.
         range_factor: a rank is inside the perturbation range while measured and predicted change differ by no more
             than this factor, at least 1.
         rows_per_feature: sampled input rows per input dimension of a layer that the second moments are taken over.
-        rank_multiple: ranks are rounded to a multiple of this where the layer is large enough.
+        rank_multiple: ranks are rounded to a multiple of this where the layer is large enough; None is 8 on CUDA and 1
+            elsewhere.
+        memory_gib: GiB that the statistics of layers, and the half-finished passes of the compensation, may take on
+            every process; layers are processed in groups that fit, and a single layer may exceed it.
         include: shell patterns on module names; empty means all.
         exclude: shell patterns on module names that are left alone.
         types: shell patterns on class names of layers (``"Conv2d"``); empty means all that are supported. The
@@ -76,12 +83,15 @@ class Settings:
     confidence: float = 0.95
     points: int = 8
     refinements: int = 3
+    prediction: Prediction = "loss"
+    probes: bool = True
     compensation: bool = True
     damping: float = 1e-2
     first_order_errors: float = 2.0
     range_factor: float = 3.0
     rows_per_feature: int = 32
-    rank_multiple: int = 1
+    rank_multiple: int | None = None
+    memory_gib: float = 4.0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
@@ -108,15 +118,19 @@ class Settings:
             _check_number("loss_margin", self.loss_margin, least=0)
         for name in ("tolerance", "score_tolerance", "ties", "score_margin", "damping", "first_order_errors"):
             _check_number(name, getattr(self, name), least=0)
-        for name, least in (("points", 2), ("rows_per_feature", 1), ("rank_multiple", 1)):
+        for name, least in (("points", 2), ("rows_per_feature", 1)):
             _check_whole(name, getattr(self, name), least)
+        if self.rank_multiple is not None:
+            _check_whole("rank_multiple", self.rank_multiple, 1)
+        _check_number("memory_gib", self.memory_gib, above=0)
+        _check_choice("prediction", self.prediction, get_args(Prediction))
         for name in ("refinements", "min_params", "seed"):
             _check_whole(name, getattr(self, name), 0)
         for name in ("include", "exclude", "types", "exclude_types"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.predicate is not None and not callable(self.predicate):
             raise ValueError(f"predicate={self.predicate!r} is no callable; give predicate(name, module) or None")
-        for name in ("compensation", "frozen"):
+        for name in ("probes", "compensation", "frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
 

@@ -11,19 +11,20 @@ are scaled to size 1, sums in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, step, to_device
 from lrf_lightning.solver.hooks import frozen_parameters, observe_gradients
 from lrf_lightning.solver.rows import RowReader, UnreadableRowsError, row_reader
 from lrf_lightning.surgery import Candidate
 
-__all__ = ["LayerStatistics", "Moment", "RowSampler", "backward_passes", "collect_statistics"]
+__all__ = ["LayerStatistics", "Moment", "RowSampler", "backward_passes", "collect_statistics", "memory_groups"]
 
 
 @dataclass
@@ -45,6 +46,26 @@ class Moment:
         self.total = product if self.total is None else self.total + product
         self.rows += u.shape[1]
 
+    def merge(self, processes: Processes) -> None:
+        """Add up the sums of all processes; all of them must call it."""
+        shapes = processes.gather((self.rows, None if self.total is None else tuple(self.total.shape)))
+        shape = next((shape for _, shape in shapes if shape is not None), None)
+        self.rows = sum(rows for rows, _ in shapes)
+        if shape is None:
+            return
+        if self.total is None:
+            self.total = torch.zeros(shape, dtype=torch.float64, device=processes.device)
+        processes.sum_([self.total])
+
+    def forget(self) -> None:
+        """Free the memory; the mean is not known any more."""
+        self.total = None
+
+    @property
+    def known_mean(self) -> Tensor | None:
+        """The mean outer product, None if there are no rows or they are forgotten."""
+        return None if self.total is None else self.mean
+
     @property
     def mean(self) -> Tensor:
         """The mean outer product."""
@@ -63,6 +84,7 @@ class LayerStatistics:
         gradients: moment of the output-gradient rows.
         rows_per_sample: tokens or positions per sample, the mean over the calls.
         repeated: whether it runs several times in one pass.
+        input_bytes: largest size of its input per sample.
         order: place of the layer's first call in the execution order, -1 if it never ran.
         problem: why the layer cannot be used, empty if it can.
     """
@@ -73,6 +95,7 @@ class LayerStatistics:
     gradients: Moment = field(default_factory=Moment)
     rows_per_sample: float = 0.0
     repeated: bool = False
+    input_bytes: float = 0.0
     order: int = -1
     problem: str = ""
 
@@ -91,8 +114,8 @@ class RowSampler:
     def positions(self, candidate: Candidate, available: int, batch_index: int, device: torch.device) -> Tensor | None:
         """Indices into the ``available`` rows of a sample, or None for all of them."""
         wide, narrow = max(candidate.rows, candidate.columns), min(candidate.rows, candidate.columns)
-        # a moment over r rows costs r * wide^2, the layer itself samples * available * wide * narrow: stay below thrice
-        affordable = 3 * self.samples * available * narrow / wide
+        # a moment over r rows costs r * wide^2, the layer itself samples * available * wide * narrow: stay near it
+        affordable = 1.5 * self.samples * available * narrow / wide
         wanted = max(min(self.rows_per_feature * wide, affordable), 2 * wide)
         per_sample = max(1, math.ceil(wanted / self.samples))
         if per_sample >= available:
@@ -109,6 +132,7 @@ def collect_statistics(
     device: torch.device,
     *,
     sampler: RowSampler,
+    processes: Processes = ALONE,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, LayerStatistics]:
     """Run the model forward and backward over the calibration data once.
@@ -120,6 +144,7 @@ def collect_statistics(
         batches: calibration data.
         device: where batches are moved to.
         sampler: chooses rows.
+        processes: who else works on other batches.
         advance: called after every batch.
 
     Returns:
@@ -140,6 +165,7 @@ def collect_statistics(
             seen.append(name)
         layer.repeated = layer.repeated or last_batch.get(name) == index
         last_batch[name] = index
+        layer.input_bytes = max(layer.input_bytes, x.numel() * x.element_size() / size)
         if layer.problem:
             return None
         try:
@@ -158,7 +184,9 @@ def collect_statistics(
 
         return on_gradient
 
-    samples = backward_passes(model, layers, loss, batches, device, on_forward, advance)
+    with processes.together("the statistics"):
+        samples = backward_passes(model, layers, loss, batches, device, on_forward, lambda _: advance(), processes)
+    samples = _merge(layers, calls, samples, processes)
     for name, layer in layers.items():
         layer.rows_per_sample = calls[name] / samples
         layer.problem = layer.problem or _problem(layer)
@@ -172,18 +200,19 @@ def backward_passes(
     batches: Batches,
     device: torch.device,
     on_forward: Callable[[str, Tensor, Tensor, int, int], Callable[[Tensor], None] | None],
-    advance: Callable[[], None],
+    after_batch: Callable[[int], None],
+    processes: Processes = ALONE,
 ) -> int:
-    """Run forward and backward over all batches and return the number of samples.
+    """Run forward and backward over this process's batches and return the number of their samples.
 
-    ``on_forward`` also gets the batch's size and index. The gradients are those of the per-sample losses: a scalar loss
-    is taken for the mean over its batch.
+    ``on_forward`` also gets the batch's size and its index among all batches, ``after_batch`` the size. The
+    gradients are those of the per-sample losses: a scalar loss is taken for the mean over its batch.
     """
     samples = 0
     modules = {name: layer.candidate.modules_in(model) for name, layer in layers.items()}
     with evaluation_mode(model), frozen_parameters([model]):
-        for index, batch in enumerate(batches):
-            size = batch_size(batch)
+        for position, batch in enumerate(batches):
+            size, index = batch_size(batch), processes.index(position)
             samples += size
 
             def observe(name: str, x: Tensor, y: Tensor, size: int = size, index: int = index) -> Any:
@@ -199,10 +228,50 @@ def backward_passes(
                     )
                 if total.requires_grad:
                     total.backward()  # type: ignore[no-untyped-call]
-            advance()
+            after_batch(size)
     if samples == 0:
         raise ValueError("calibration holds no batch; give a loader that yields at least one and can be iterated again")
     return samples
+
+
+def memory_groups(candidates: Iterable[Candidate], limit: float) -> Iterator[list[Candidate]]:
+    """Cut the layers into runs whose statistics fit into ``limit`` bytes; a larger layer is a run of its own."""
+    group: list[Candidate] = []
+    used = 0.0
+    for candidate in candidates:
+        size = 8.0 * candidate.groups * (candidate.rows**2 + candidate.columns**2)
+        if group and used + size > limit:
+            yield group
+            group, used = [], 0.0
+        group.append(candidate)
+        used += size
+    if group:
+        yield group
+
+
+def _merge(layers: Mapping[str, LayerStatistics], calls: dict[str, float], samples: int, processes: Processes) -> int:
+    """Let every process know what all of them have seen; returns the number of all samples."""
+    if processes.size == 1:
+        return samples
+    own = {
+        name: (layer.order, layer.repeated, layer.input_bytes, layer.problem, calls[name], layer.inputs.rows)
+        for name, layer in layers.items()
+    }
+    gathered = processes.gather((samples, own))
+    # the order of the first process that ran a layer, after the layers that an earlier process ran
+    ran = [name for _, seen in gathered for name, facts in sorted(seen.items(), key=lambda i: i[1][0]) if facts[0] >= 0]
+    order = {name: position for position, name in enumerate(dict.fromkeys(ran))}
+    for name, layer in layers.items():
+        facts = [seen[name] for _, seen in gathered]
+        layer.order = order.get(name, -1)
+        layer.repeated, layer.input_bytes = any(f[1] for f in facts), max(f[2] for f in facts)
+        layer.problem = next((f[3] for f in facts if f[3]), "")
+        calls[name] = sum(f[4] for f in facts)
+        if layer.problem or layer.order < 0:
+            continue
+        for moment in (layer.inputs, layer.gradients):
+            moment.merge(processes)
+    return sum(count for count, _ in gathered)
 
 
 def _problem(layer: LayerStatistics) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrf_lightning.distributed import ALONE, Processes, assigned
 from lrf_lightning.solver.curves import Prediction
-from lrf_lightning.solver.evaluation import Batches, LossFunction
-from lrf_lightning.solver.factorization import Factors
+from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
+from lrf_lightning.solver.factorization import Factors, decomposition_cost, factorize
 from lrf_lightning.solver.probes import Probe
 from lrf_lightning.solver.settings import Settings
-from lrf_lightning.solver.statistics import LayerStatistics, RowSampler
-from lrf_lightning.surgery import Skipped
+from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
+from lrf_lightning.surgery import Candidate, Skipped
 
-__all__ = ["Curve", "Progress", "Workspace", "length"]
+__all__ = ["Curve", "Progress", "Workspace", "energy_curve", "length"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -32,13 +35,15 @@ class Curve:
         prediction: first-order change, standard error, curvature and perturbation.
         change: predicted change of the loss that the allocation uses.
         allowed: whether the rank lies inside the perturbation range.
-        probes: what was measured.
+        probes: what was measured, for the layer or the group of layers it was probed with.
+        spectrum: singular values of the weight in the metric, the root mean square over the groups.
     """
 
     prediction: Prediction
     change: Tensor
     allowed: Tensor
     probes: list[Probe]
+    spectrum: Tensor
 
 
 @dataclass
@@ -48,34 +53,35 @@ class Workspace:
     Attributes:
         model: working copy of the dense model on ``device``.
         loss: the user's loss.
-        calibration: batches for statistics, curves and compensation.
-        selection: batches for the choice.
-        verification: batches for the verdict.
+        splits: this process's batches by the name of the split: ``calibration`` for statistics, curves and
+            compensation, ``selection`` for the choice, ``verification`` for the verdict.
         device: device of the model.
         settings: the settings.
         progress: called as ``progress(stage, done, total)``; a total of 0 is unknown.
+        processes: who else works on other batches of the same splits.
         layers: usable layers in execution order.
         skipped: layers left alone.
-        factors: components of every usable layer in the metric.
         curves: predictions for every usable layer.
         sampler: chooses the rows that moments are taken over.
+        batches: number of calibration batches of all processes, 0 if unknown.
+        keeps_gradients: whether the moments of all gradients are in memory; else they are collected anew when needed.
         samples: samples in every split.
         seconds: wall-clock seconds of every stage.
     """
 
     model: nn.Module
     loss: LossFunction
-    calibration: Batches
-    selection: Batches
-    verification: Batches
+    splits: Mapping[str, Batches]
     device: torch.device
     settings: Settings
     progress: Progress
+    processes: Processes = ALONE
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
-    factors: dict[str, Factors] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     sampler: RowSampler = field(default_factory=lambda: RowSampler(1, 1, 0))
+    batches: int = 0
+    keeps_gradients: bool = True
     samples: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -85,6 +91,100 @@ class Workspace:
             return layer.flops(rank)
         candidate = layer.candidate
         return candidate.dense_params if rank is None else candidate.low_rank_params(rank)
+
+    @property
+    def calibration(self) -> Batches:
+        """This process's calibration batches."""
+        return self.splits["calibration"]
+
+    @property
+    def memory(self) -> float:
+        """Bytes that statistics may take."""
+        return self.settings.memory_gib * 2**30
+
+    @property
+    def rank_multiple(self) -> int:
+        """What ranks are rounded to: by default 8 on CUDA, where matrix units work on tiles of that size, else 1."""
+        return self.settings.rank_multiple or (8 if self.device.type == "cuda" else 1)
+
+    def compensation_batches(self) -> Batches:
+        """As many of this process's calibration batches as may be in the middle of a pass at once.
+
+        A pass of each model keeps about three tensors of the size of the largest input alive.
+        """
+        sample = 6 * max((layer.input_bytes for layer in self.layers.values()), default=0.0)
+        size = self.sampler.samples / max(self.batches, 1)
+        count = max(1, math.floor(self.memory / max(sample * size, 1.0)))
+        return itertools.islice(self.calibration, count)
+
+    def evaluate(self, model: nn.Module, split: str, *, keep_logits: bool = False) -> Outcome:
+        """Loss and score on a split, over all processes."""
+        outcome = evaluate(
+            model,
+            self.loss,
+            self.splits[split],
+            self.device,
+            split=split,
+            keep_logits=keep_logits,
+            processes=self.processes,
+        )
+        self.samples[split] = outcome.measurement().samples
+        return outcome
+
+    def statistics(
+        self, candidates: Sequence[Candidate], advance: Callable[[], None] = lambda: None
+    ) -> dict[str, LayerStatistics]:
+        """Moments of some layers, from one pass over the calibration data."""
+        return collect_statistics(
+            self.model,
+            candidates,
+            self.loss,
+            self.calibration,
+            self.device,
+            sampler=self.sampler,
+            processes=self.processes,
+            advance=advance,
+        )
+
+    def factorized(self, layers: Mapping[str, LayerStatistics], advance: Callable[[], None]) -> dict[str, Factors]:
+        """Components of some layers in the metric; every process decomposes its share and sends it to the others."""
+        settings, names = self.settings, list(layers)
+        owners = self.owners(layers)
+        own: dict[str, Factors] = {}
+
+        def decompose() -> None:
+            for name in names:
+                if owners[name] == self.processes.rank:
+                    layer = layers[name]
+                    own[name] = factorize(
+                        layer.candidate.matrices(),
+                        None if settings.metric == "euclidean" else layer.inputs.mean,
+                        layer.gradients.mean if settings.metric == "fisher" else None,
+                        damping=settings.damping,
+                        max_rank=layer.candidate.max_rank,
+                    )
+                advance()
+
+        self.processes.patiently("the factorization", decompose)
+        return {name: self._sent(own.get(name), layers[name].candidate, owners[name]) for name in names}
+
+    def owners(self, layers: Mapping[str, LayerStatistics]) -> dict[str, int]:
+        """The process that decomposes each layer."""
+        costs = [
+            decomposition_cost(c.groups, c.rows, c.columns) for c in (layer.candidate for layer in layers.values())
+        ]
+        return dict(zip(layers, assigned(costs, self.processes.size), strict=True))
+
+    def _sent(self, factors: Factors | None, candidate: Candidate, source: int) -> Factors:
+        if factors is None:
+            shapes = (
+                (candidate.groups, candidate.rows, candidate.max_rank),
+                (candidate.groups, candidate.max_rank, candidate.columns),
+                (candidate.groups, candidate.full_rank),
+            )
+            factors = Factors(*(torch.zeros(shape, dtype=torch.float64, device=self.device) for shape in shapes))
+        self.processes.broadcast_([factors.left, factors.right, factors.singular_values], source)
+        return factors
 
     @property
     def dense_cost(self) -> int:
@@ -106,6 +206,14 @@ class Workspace:
             yield advance
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def energy_curve(factors: Factors, max_rank: int) -> Curve:
+    """The baseline's curve: the share of the squared norm in the metric that truncation leaves out."""
+    tail = factors.relative_tail()[:max_rank].cpu()
+    none = torch.zeros_like(tail)
+    prediction = Prediction(none, none, tail.square(), tail)
+    return Curve(prediction, tail.square(), torch.ones_like(tail, dtype=torch.bool), [], factors.spectrum())
 
 
 def length(batches: Any) -> int:

@@ -231,6 +231,16 @@ def test_the_needed_samples_decide_the_verdict(changed):
         assert verdict(*sample(enough // 2), loss_margin=0.01, score_margin=0.03).verdict == "inconclusive"
 
 
+def test_one_harmful_quantity_settles_the_matter():
+    """The loss is far from decided, but the score is nearly shown to have fallen too far: few samples suffice."""
+    loss = np.random.default_rng(0).normal(0, 5, size=400)
+    score = np.zeros(400)
+    score[:16] = -1
+    certificate = verdict(loss - loss.mean(), score, loss_margin=0.01, score_margin=0.03)
+    assert certificate.verdict == "inconclusive"
+    assert 400 < certificate.samples_needed < 4000
+
+
 def test_margins_default_to_the_larger_of_two_percent_and_5_thousandths():
     assert default_loss_margin(1.0) == pytest.approx(0.02)
     assert default_loss_margin(0.1) == 0.005

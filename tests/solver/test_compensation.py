@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lrf_lightning.solver.compensation import build, compensated_target
+from lrf_lightning.solver.compensation import compensated_target, fit_layers
 from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.statistics import RowSampler, collect_statistics
 from lrf_lightning.surgery import find_layers
@@ -51,8 +51,11 @@ def problem():
 
 def built(problem, ranks, **options):
     model, batches, layers, sampler = problem
-    options = {"metric": "fisher", "damping": 1e-2, "compensation": True} | options
-    return build(model, layers, ranks, loss=loss, batches=batches, device=CPU, sampler=sampler, **options)
+    options = {"metric": "fisher", "damping": 1e-2, "compensation": True, "loss": loss} | options
+    compressed = copy.deepcopy(model)
+    chosen = {name: layer for name, layer in layers.items() if name in ranks}
+    fit_layers(model, compressed, chosen, ranks, batches=batches, device=CPU, sampler=sampler, **options)
+    return compressed
 
 
 def test_the_target_is_the_damped_least_squares_weight():
@@ -162,7 +165,7 @@ def test_models_and_layers_are_as_before(problem):
 
 
 def test_an_error_in_the_loss_leaves_no_gate_behind(problem):
-    model, batches, layers, sampler = problem
+    model, batches, layers, _ = problem
     calls = []
 
     def fragile(model, batch):
@@ -172,18 +175,7 @@ def test_an_error_in_the_loss_leaves_no_gate_behind(problem):
         return loss(model, batch)
 
     with pytest.raises(RuntimeError, match="no more"):
-        build(
-            model,
-            layers,
-            dict.fromkeys(layers, 1),
-            metric="fisher",
-            damping=1e-2,
-            compensation=True,
-            loss=fragile,
-            batches=batches,
-            device=CPU,
-            sampler=sampler,
-        )
+        built(problem, dict.fromkeys(layers, 1), loss=fragile)
     assert all("forward" not in module.__dict__ for module in model.modules())
     assert torch.isfinite(loss(model, batches[0])).all()
 

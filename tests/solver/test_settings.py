@@ -69,7 +69,7 @@ def test_numbers_stay_in_their_range(name, bad, allowed, good):
     ],
 )
 def test_counts_are_whole(name, least):
-    for value in (least - 1, 2.5, "3", True, None):
+    for value in (least - 1, 2.5, "3", True, *([] if name == "rank_multiple" else [None])):
         with pytest.raises(ValueError, match=f"{name}={value!r} is not a whole number of at least {least}"):
             Settings(**{name: value})
     assert getattr(Settings(**{name: least}), name) == least

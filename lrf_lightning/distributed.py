@@ -1,0 +1,185 @@
+"""Processes that solve together: what is summed, gathered and agreed upon between them.
+
+Batches are dealt out whole: batch i belongs to process i modulo the number of processes. Sums run in float64, so a
+solve gives the same ranks whatever that number is. Every piece of work that may fail on one process alone is done
+inside :meth:`Processes.together`, which lets all of them end with the cause named instead of waiting for each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+__all__ = ["ALONE", "PeerError", "Processes", "assigned", "current_processes"]
+
+
+T = TypeVar("T")
+
+PULSE = 1.0  # seconds
+
+
+class PeerError(RuntimeError):
+    """Another process failed; the message says which one, where and why."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """A group of processes, or one alone.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        group: their process group, None for the default one.
+        device: where tensors travel: a CUDA device with NCCL, else the CPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def index(self, position: int) -> int:
+        """Number among all batches of this process's batch at ``position``."""
+        return position * self.size + self.rank
+
+    def share(self, count: int) -> int:
+        """How many of the first ``count`` batches are this process's."""
+        return len(range(self.rank, count, self.size))
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace float64 tensors by their sums over all processes, in place."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            moved = tensor.to(self.device)
+            dist.all_reduce(moved, group=self.group)
+            if moved is not tensor:
+                tensor.copy_(moved)
+
+    def broadcast_(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Replace tensors by those of the process ``source``, in place."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            moved = tensor.to(self.device).contiguous()
+            dist.broadcast(moved, self._global(source), group=self.group)
+            tensor.copy_(moved)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in order, on every process; tensors must be on the CPU."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def interleaved(self, values: Sequence[Any]) -> list[Any]:
+        """The per-batch values of all processes in the order of the batches."""
+        rounds = itertools.zip_longest(*self.gather(list(values)), fillvalue=_MISSING)
+        return [value for values in rounds for value in values if not isinstance(value, _Missing)]
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run work without collectives; if it fails on any process, it fails on all.
+
+        Raises:
+            PeerError: on the processes where the work itself did not fail.
+        """
+        if self.size == 1:
+            yield
+            return
+        error: BaseException | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise PeerError(f"process {rank} failed in {what}: {message}")
+
+    def patiently(self, what: str, work: Callable[[], T]) -> T:
+        """Do long work without collectives, and let the other processes know meanwhile that it is still going on.
+
+        A process that waits in a collective for another one's decompositions would run into the group's timeout. So
+        the work runs in a thread, and all processes meet every second until the last one is done.
+
+        Raises:
+            PeerError: on the processes where the work itself did not fail.
+        """
+        if self.size == 1:
+            return work()
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            while True:
+                wait([future], PULSE)
+                ended, error = future.done(), None
+                if ended:
+                    error = future.exception()
+                reports = self.gather((ended, None if error is None else f"{type(error).__name__}: {error}"))
+                if error is not None:
+                    raise error
+                for rank, (_, message) in enumerate(reports):
+                    if message is not None:
+                        raise PeerError(f"process {rank} failed in {what}: {message}")
+                if all(done for done, _ in reports):
+                    return future.result()
+
+    def agree(self, what: str, value: str) -> None:
+        """Check that all processes hold the same text.
+
+        Raises:
+            PeerError: on all processes, if one differs.
+        """
+        for rank, other in enumerate(self.gather(value)):
+            if other != value:
+                raise PeerError(f"{what} differs: process {self.rank} has {value}, process {rank} has {other}")
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+class _Missing:
+    """Fills the last round of a deal that did not go up; recognised by type, since it may have travelled."""
+
+
+_MISSING = _Missing()
+
+ALONE = Processes()
+
+
+def current_processes(device: torch.device) -> Processes:
+    """All processes of the default group, or this one alone if there is no group.
+
+    Args:
+        device: device of the model; collectives of NCCL run there.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ALONE
+    on_gpu = dist.get_backend() == dist.Backend.NCCL and device.type == "cuda"
+    return Processes(dist.get_rank(), dist.get_world_size(), None, device if on_gpu else torch.device("cpu"))
+
+
+def assigned(costs: Iterable[float], processes: int) -> list[int]:
+    """The process that does each task: the longest task first, always to the one with the least work (Graham 1969).
+
+    Args:
+        costs: estimated time of every task, in any unit.
+        processes: how many there are.
+    """
+    owners: dict[int, int] = {}
+    load = [0.0] * processes
+    for task, cost in sorted(enumerate(costs), key=lambda item: -item[1]):
+        owners[task] = load.index(min(load))
+        load[owners[task]] += cost
+    return [owners[task] for task in range(len(owners))]

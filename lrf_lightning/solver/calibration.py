@@ -1,0 +1,174 @@
+"""What is learnt about every layer from the calibration data: moments, components, curves and perturbation range.
+
+Layers are taken in groups whose moments fit into memory together. A group costs two passes over the data, one for the
+moments and one for the curves, and a fixed number of probes; then its moments and components are freed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lrf_lightning.solver.compensation import can_be_fitted
+from lrf_lightning.solver.curves import Prediction, component_derivatives, predict, tail_derivatives
+from lrf_lightning.solver.evaluation import Outcome, batch_size, evaluate
+from lrf_lightning.solver.factorization import Factors
+from lrf_lightning.solver.probes import (
+    LEVELS,
+    Probe,
+    corrected_curve,
+    measure_probe,
+    predicted_probe,
+    probe_groups,
+    probe_ranks,
+)
+from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, memory_groups
+from lrf_lightning.solver.workspace import Curve, Workspace, energy_curve, length
+from lrf_lightning.surgery import Candidate, Skipped
+
+__all__ = ["calibrate"]
+
+PROBE_SAMPLES = 256
+PROBE_GROUPS = 8
+
+
+def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
+    """Fill the workspace's layers, curves and perturbation ranges, one group of layers that fits into memory at a time.
+
+    Raises:
+        ValueError: if calibration holds no batch, or a loss is not finite.
+    """
+    with work.processes.together("reading the calibration data"):
+        first = next(iter(work.calibration), None)
+    sizes = work.processes.gather(0 if first is None else batch_size(first))
+    batches = sum(work.processes.gather(length(work.calibration)))
+    work.batches = batches
+    work.sampler = RowSampler(work.settings.rows_per_feature, batches * max(sizes), work.settings.seed)
+    groups = list(memory_groups(candidates, work.memory))
+    work.keeps_gradients = len(groups) == 1
+    probing = _Probing.of(work, max(sizes)) if work.settings.probes else None
+    found: dict[str, LayerStatistics] = {}
+    for group in groups:
+        with work.stage("statistics", length(work.calibration)) as advance:
+            layers = work.statistics(group, advance)
+        found |= layers
+        usable = {name: layer for name, layer in layers.items() if not layer.problem}
+        if usable:
+            _draw_curves(work, usable, probing, len(groups))
+        for layer in layers.values():
+            _forget(work, layer)
+    found = dict(sorted(found.items(), key=lambda item: item[1].order))
+    work.layers = {name: layer for name, layer in found.items() if not layer.problem}
+    work.skipped += [
+        Skipped(name, layer.candidate.kind, layer.problem) for name, layer in found.items() if layer.problem
+    ]
+
+
+def _forget(work: Workspace, layer: LayerStatistics) -> None:
+    """Free what the compensation will not ask for."""
+    if work.settings.compensation and can_be_fitted(layer):
+        layer.inputs.forget()
+    if not work.keeps_gradients:
+        layer.gradients.forget()
+        layer.inputs.forget()
+
+
+@dataclass(frozen=True)
+class _Probing:
+    """Part of the calibration data, and the dense model's losses on it."""
+
+    batches: list[Any]
+    dense: Outcome
+
+    @classmethod
+    def of(cls, work: Workspace, size: int) -> _Probing:
+        count = work.processes.share(math.ceil(PROBE_SAMPLES / max(size, 1)))
+        with work.processes.together("reading the calibration data"):
+            batches = list(itertools.islice(work.calibration, count))
+        return cls(batches, evaluate(work.model, work.loss, batches, work.device, processes=work.processes))
+
+
+def _draw_curves(
+    work: Workspace, layers: Mapping[str, LayerStatistics], probing: _Probing | None, memory_group_count: int
+) -> None:
+    """Fill ``work.curves`` for some layers."""
+    settings = work.settings
+    with work.stage("factorization", len(layers)) as advance:
+        factors = work.factorized(layers, advance)
+    if settings.prediction == "energy":
+        for name in layers:
+            work.curves[name] = energy_curve(factors[name], layers[name].candidate.max_rank)
+        return
+    with work.stage("curves", length(work.calibration)) as advance:
+        derivatives = component_derivatives(
+            work.model,
+            layers,
+            factors,
+            work.loss,
+            work.calibration,
+            work.device,
+            processes=work.processes,
+            advance=advance,
+        )
+    # so far only known as batches times the size of the first one
+    work.samples["calibration"] = sum(work.processes.gather(len(next(iter(derivatives.values()))[1])))
+    predictions = {name: predict(*derivatives[name], factors[name].relative_tail(), work.processes) for name in layers}
+    probes: dict[str, list[Probe]] = {name: [] for name in layers}
+    if probing is not None:
+        tails = {name: tail_derivatives(*derivatives[name]) for name in layers}
+        count = max(1, PROBE_GROUPS // memory_group_count)
+        probes |= _measure_probes(work, layers, factors, predictions, tails, probing, count)
+    for name, prediction in predictions.items():
+        change, allowed = corrected_curve(
+            name, prediction, settings.first_order_errors, probes[name], settings.range_factor
+        )
+        if settings.objective == "paper":
+            change = prediction.first_order
+        work.curves[name] = Curve(prediction, change, allowed, probes[name], factors[name].spectrum())
+
+
+def _measure_probes(
+    work: Workspace,
+    layers: Mapping[str, LayerStatistics],
+    factors: Mapping[str, Factors],
+    predictions: Mapping[str, Prediction],
+    tails: Mapping[str, Tensor],
+    probing: _Probing,
+    group_count: int,
+) -> dict[str, list[Probe]]:
+    ranks = {name: probe_ranks(prediction.perturbation) for name, prediction in predictions.items()}
+    groups = probe_groups(list(layers), group_count)
+    probes: dict[str, list[Probe]] = {}
+    with work.stage("perturbation range", len(groups)) as advance:
+        for group in groups:
+            levels = dict.fromkeys(tuple(ranks[name][level] for name in group) for level in range(LEVELS))
+            measured = []
+            for level in levels:
+                chosen = dict(zip(group, level, strict=True))
+                joint = predicted_probe(
+                    [tails[name][:, rank - 1] for name, rank in chosen.items()],
+                    work.settings.first_order_errors,
+                    work.processes,
+                )
+                measured.append(
+                    measure_probe(
+                        work.model,
+                        layers,
+                        factors,
+                        chosen,
+                        joint,
+                        probing.dense,
+                        work.loss,
+                        probing.batches,
+                        work.device,
+                        work.processes,
+                    )
+                )
+            probes |= dict.fromkeys(group, measured)
+            advance()
+    return probes
