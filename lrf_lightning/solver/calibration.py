@@ -46,6 +46,8 @@ def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
     with work.processes.together("reading the calibration data"):
         first = next(iter(work.calibration), None)
     sizes = work.processes.gather(0 if first is None else batch_size(first))
+    if max(sizes) == 0:
+        raise ValueError("calibration holds no batch; give a loader that yields at least one and can be iterated again")
     batches = sum(work.processes.gather(length(work.calibration)))
     work.batches = batches
     work.sampler = RowSampler(work.settings.rows_per_feature, batches * max(sizes), work.settings.seed)
