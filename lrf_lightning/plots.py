@@ -147,7 +147,9 @@ def ranks_figures(result: Solution) -> list[Figure]:
         for layer in layers
     ]
     with style():
-        figure = Figure(figsize=(max(3 + 0.55 * len(points), 5.0), max(1.6 + 0.2 * len(layers), 3.0)), layout="constrained")
+        figure = Figure(
+            figsize=(max(3 + 0.55 * len(points), 5.0), max(1.6 + 0.2 * len(layers), 3.0)), layout="constrained"
+        )
         ax = figure.subplots()
         image = ax.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
         ax.set_yticks(range(len(layers)), [short_name(layer) for layer in layers], size=7)

@@ -203,4 +203,3 @@ def _count(number: int, wide: bool) -> str:
             digits = number / size
             return f"{digits:.{max(0, 2 - len(str(int(digits))) + 1)}f}{unit}"
     return str(number)
-
