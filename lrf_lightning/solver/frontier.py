@@ -204,7 +204,7 @@ def mark_chosen(points: list[FrontierPoint], chosen: FrontierPoint | None) -> li
 
 
 def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, reference: Outcome) -> bool:
-    """Whether a point is smaller than the dense model and ties with a reference.
+    """Whether a point is smaller than the dense model and ties with a reference, the dense model or the best point.
 
     The loss may exceed the reference's, and the score may fall below the dense model's, by the tolerance and the noise:
     ``ties`` paired standard errors, but never more than half the margin of the verdict, so that a small selection split
@@ -217,7 +217,9 @@ def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, refe
     margin = settings.loss_margin
     if margin is None:
         margin = default_loss_margin(frontier.dense.measurement().loss)
-    noise = settings.ties * _paired_error(outcome.losses - reference.losses, outcome.weights)
+    # the reference was found by looking for the lowest loss: its distance to the dense model is uncertain as well
+    doubt = _paired_error(reference.losses - frontier.dense.losses, outcome.weights)
+    noise = settings.ties * max(_paired_error(outcome.losses - reference.losses, outcome.weights), doubt)
     if point.loss - reference.measurement().loss > settings.tolerance + min(noise, margin / 2):
         return False
     if point.score_change is None or point.score_change_error is None:
