@@ -69,12 +69,15 @@ def detached_copy(module: LightningModule) -> LightningModule:
         logger.info("The copy of the module shares attributes that cannot be copied (%s): %s", error, list(shared))
         new = copy.deepcopy(module, memo | {id(value): value for value in shared.values()})
     new.trainer = None
+    new._metric_attributes = None  # Lightning finds logged metrics by identity, and those of the copy are new
     if module._compiler_ctx is not None:
         # these attributes would still call the original's compiled methods
         for name in COMPILED_METHODS:
             new.__dict__.pop(name, None)
     for child in list(new.modules()):
         child.__dict__.pop("_compiled_call_impl", None)
+        if isinstance(child, LightningModule):
+            child._metric_attributes = None  # names by the identity of the original's metrics
         for name, grandchild in list(child._modules.items()):
             if isinstance(grandchild, OptimizedModule):
                 child._modules[name] = UncompiledModule(grandchild._orig_mod)
