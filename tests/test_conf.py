@@ -36,7 +36,10 @@ def application(cfg: DictConfig) -> dict:
 
 def targets(node) -> list[str]:
     if isinstance(node, dict):
-        return [node["_target_"]] * ("_target_" in node) + [t for value in node.values() for t in targets(value)]
+        return [
+            *([node["_target_"]] if "_target_" in node else []),
+            *(t for value in node.values() for t in targets(value)),
+        ]
     return [t for value in node for t in targets(value)] if isinstance(node, list) else []
 
 
