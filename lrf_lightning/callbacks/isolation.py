@@ -75,13 +75,18 @@ def detached_copy(module: LightningModule) -> LightningModule:
         for name in COMPILED_METHODS:
             new.__dict__.pop(name, None)
     for child in list(new.modules()):
-        child.__dict__.pop("_compiled_call_impl", None)
-        if isinstance(child, LightningModule):
-            child._metric_attributes = None  # names by the identity of the original's metrics
-        for name, grandchild in list(child._modules.items()):
-            if isinstance(grandchild, OptimizedModule):
-                child._modules[name] = UncompiledModule(grandchild._orig_mod)
+        _forget_original(child)
     return new
+
+
+def _forget_original(module: nn.Module) -> None:
+    """Take out of a copied module what still points at the original."""
+    module.__dict__.pop("_compiled_call_impl", None)
+    if isinstance(module, LightningModule):
+        module._metric_attributes = None  # names by the identity of the original's metrics
+    for name, child in list(module._modules.items()):
+        if isinstance(child, OptimizedModule):
+            module._modules[name] = UncompiledModule(child._orig_mod)
 
 
 @contextmanager

@@ -142,8 +142,7 @@ def test_compensation_brings_the_outputs_nearer(problem):
     model, batches, layers, _ = problem
     ranks = {name: max(1, layer.candidate.max_rank // 2) for name, layer in layers.items()}
     images = torch.cat([batch[0] for batch in batches])
-    last = [name for name in layers][-1]
-    ranks.pop(last)  # so that the error of the outputs is the one that is minimised
+    ranks.popitem()  # so that the error of the outputs is the one that is minimised
     with torch.no_grad():
         errors = [
             float((built(problem, ranks, compensation=flag, metric="activation")(images) - model(images)).norm())

@@ -11,7 +11,8 @@ def test_runs_pause_with_events_and_go_on_with_replies():
 
     def count(first):
         for number in range(first, first + 3):
-            heard.append(pause(number))
+            reply = pause(number)
+            heard.append(reply)
 
     with runs([lambda: count(0), lambda: count(10)]) as (one, two):
         one.resume()
@@ -40,10 +41,11 @@ def test_errors_reach_the_caller_and_no_thread_is_left():
         raise ValueError("broken batch")
 
     before = threading.active_count()
-    with pytest.raises(ValueError, match="broken batch"), runs([fail, lambda: pause("waits")]) as (one, two):
+    with runs([fail, lambda: pause("waits")]) as (one, two):
         two.resume()
         one.resume()
-        one.resume()
+        with pytest.raises(ValueError, match="broken batch"):
+            one.resume()
     assert threading.active_count() == before
 
 
