@@ -44,6 +44,7 @@ class Frontier:
     def __init__(self, work: Workspace, dense: Outcome) -> None:
         self.work, self.dense = work, dense
         self.measured: dict[tuple[tuple[str, int], ...], _Measured] = {}
+        self._latest: tuple[tuple[tuple[str, int], ...], nn.Module] | None = None
         self._allowed = _options(work, only_allowed=True)
         self._all = _options(work, only_allowed=False)
 
@@ -80,12 +81,15 @@ class Frontier:
         key = _key(ranks)
         if key not in self.measured:
             compressed = self.build(ranks)
+            self._latest = key, compressed
             outcome = self.work.evaluate(compressed, "selection", keep_logits=True)
             self.measured[key] = _Measured(self._point(ranks, compressed, outcome), outcome)
         return self.measured[key].point
 
     def build(self, ranks: Mapping[str, int]) -> nn.Module:
-        """A compensated copy of the dense model with the given ranks."""
+        """A compensated copy of the dense model with the given ranks; the latest one is not made anew."""
+        if self._latest is not None and self._latest[0] == _key(ranks):
+            return self._latest[1]
         work, settings = self.work, self.work.settings
         compressed = copy.deepcopy(work.model)
         chosen = {name: layer for name, layer in work.layers.items() if name in ranks}

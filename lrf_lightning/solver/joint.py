@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Progress, Workspace
 from lrf_lightning.surgery import Skipped, find_layers, prepare, settle
 
-__all__ = ["solve"]
+__all__ = ["calibrated", "solve"]
 
 
 def solve(
@@ -44,6 +45,30 @@ def solve(
         ValueError: if weights are not finite, a split is empty, the loss is not usable, or the budget cannot be met.
     """
     started = time.perf_counter()
+    splits = {"calibration": calibration, "selection": selection, "verification": verification}
+    work, dense = calibrated(model, loss, splits, settings=settings, device=device, progress=progress)
+    if work.layers:
+        compressed, points, chosen, message = _choose(work, dense)
+    else:
+        compressed, points, chosen = work.model, [], None
+        reasons = _reasons(work.skipped) or "the model has no layer with a weight matrix"
+        message = f"No layer can be factorized: {reasons}."
+    return _solution(work, dense, compressed, points, chosen, message, started)
+
+
+def calibrated(
+    model: nn.Module,
+    loss: LossFunction,
+    splits: Mapping[str, Batches],
+    *,
+    settings: Settings,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> tuple[Workspace, Outcome]:
+    """A workspace that knows the curves of all layers, and the dense model's losses on the selection split.
+
+    From here any number of budgets can be solved; see :class:`~lrf_lightning.solver.frontier.Frontier`.
+    """
     _check_weights(model)
     if settings.objective == "paper":  # the published algorithm knows neither metrics nor compensation
         settings = dataclasses.replace(settings, metric="euclidean", compensation=False, probes=False)
@@ -53,7 +78,7 @@ def solve(
     work = Workspace(
         working,
         loss,
-        {"calibration": calibration, "selection": selection, "verification": verification},
+        splits,
         device,
         settings,
         progress or (lambda *_: None),
@@ -63,13 +88,7 @@ def solve(
     candidates, work.skipped = find_layers(working, **settings.layer_choice)
     if candidates:
         calibrate(work, candidates)
-    if work.layers:
-        compressed, points, chosen, message = _choose(work, dense)
-    else:
-        compressed, points, chosen = working, [], None
-        reasons = _reasons(work.skipped) or "the model has no layer with a weight matrix"
-        message = f"No layer can be factorized: {reasons}."
-    return _solution(work, dense, compressed, points, chosen, message, started)
+    return work, dense
 
 
 def _check_weights(model: nn.Module) -> None:

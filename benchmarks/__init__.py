@@ -1,0 +1,1 @@
+"""Benchmarks against the baselines; every one writes its section of RESULTS.md."""
