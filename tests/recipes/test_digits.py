@@ -77,7 +77,7 @@ def test_shift_moves_zeros_in():
 def test_module_learns():
     module = DigitsClassifier(DigitsNet(width=32, blocks=1), weight_decay=0.0)
     trainer = Trainer(
-        max_epochs=3,
+        max_epochs=8,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
