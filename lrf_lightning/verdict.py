@@ -34,9 +34,9 @@ def verdict_sentence(result: Solution) -> str:
 
 
 def temperature_sentence(certificate: Certificate | None) -> str:
-    """How much of the losses is a matter of overconfidence, empty for models that are no classifiers.
+    """How much of the losses is a matter of confidence, empty for models that are no classifiers.
 
-    Truncation shrinks logits, which can lower a cross-entropy without any better decision. With its best temperature a
+    Truncation scales logits, which can lower a cross-entropy without any better decision. With its best temperature a
     model has no such reserve, so the scaled losses compare like with like.
     """
     if certificate is None or certificate.scaled_dense_loss is None:
@@ -49,7 +49,9 @@ def temperature_sentence(certificate: Certificate | None) -> str:
     sentence += f", the compressed model's {certificate.scaled_compressed_loss:.4f}."
     lower = certificate.compressed.loss < certificate.dense.loss
     if lower and certificate.scaled_compressed_loss >= certificate.scaled_dense_loss:
-        sentence += " So the lower loss comes from less confident predictions, not from better ones."
+        # a temperature below 1 sharpens: the original was not confident enough
+        kind = "more" if certificate.temperature is not None and certificate.temperature < 1 else "less"
+        sentence += f" So the lower loss comes from {kind} confident predictions, not from better ones."
     return sentence
 
 

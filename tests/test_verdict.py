@@ -98,6 +98,8 @@ def test_temperature_tells_when_only_the_confidence_changed():
     sentence = temperature_sentence(softer)
     assert "the original's loss is 0.2400 (temperature 1.50, fitted on the selection split)" in sentence
     assert sentence.endswith("less confident predictions, not from better ones.")
+    sharper = temperature_sentence(dataclasses.replace(softer, temperature=0.5))
+    assert sharper.endswith("more confident predictions, not from better ones.")
     not_lower = dataclasses.replace(softer, compressed=Measurement(270, 0.26, 0.96))
     assert temperature_sentence(not_lower).endswith("the compressed model's 0.2450.")
     better = dataclasses.replace(softer, scaled_compressed_loss=0.23)
