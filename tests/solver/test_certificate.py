@@ -64,11 +64,13 @@ POPULATIONS = {
     "normal": (lambda rng, shape: 0.2 + rng.normal(size=shape), 0.2),
     "exponential": (lambda rng, shape: rng.exponential(size=shape), 1.0),
     "lognormal": (lambda rng, shape: rng.lognormal(0, 1, size=shape), math.exp(0.5)),
+    "heavy lognormal": (lambda rng, shape: rng.lognormal(0, 1.5, size=shape), math.exp(1.125)),
     "10 % rises": rare_rises(0.1),
     "3 % rises": rare_rises(0.03),
     "mild": cross_entropies(4, 3, 0.3, 0.05),
     "strong": cross_entropies(4, 3, 1.0, 0.1),
     "confident": cross_entropies(8, 4, 1.0, 0.1),
+    "very confident": cross_entropies(12, 5, 1.0, 0.1),
 }
 
 
@@ -80,9 +82,9 @@ def upper_bounds(changes):
     return changes.mean(1) + np.maximum(width, bootstrap_bound(deviations, 0.95).numpy())
 
 
-def false_claims(name, pairs, trials):
+def false_claims(population, pairs, trials):
     """How often a loss that rose by exactly the margin passes."""
-    draw, mean = POPULATIONS[name]
+    draw, mean = population
     rng = np.random.default_rng(pairs)
     uppers = np.concatenate([upper_bounds(draw(rng, (100, pairs))) for _ in range(trials // 100)])
     return (uppers < mean).mean()
@@ -125,7 +127,7 @@ def test_trials_at_once_are_decided_as_one_by_one():
 
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_a_loss_at_its_margin_seldom_passes(name):
-    assert false_claims(name, 200, TRIALS) <= 0.05 + noise(TRIALS)
+    assert false_claims(POPULATIONS[name], 200, TRIALS) <= 0.05 + noise(TRIALS)
 
 
 @pytest.mark.slow
@@ -133,7 +135,16 @@ def test_a_loss_at_its_margin_seldom_passes(name):
 @pytest.mark.parametrize("pairs", [500, 2000])
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_a_loss_at_its_margin_seldom_passes_with_more_pairs(name, pairs):
-    assert false_claims(name, pairs, TRIALS) <= 0.05 + noise(TRIALS)
+    assert false_claims(POPULATIONS[name], pairs, TRIALS) <= 0.05 + noise(TRIALS)
+
+
+def test_harm_that_the_split_hardly_holds_is_missed():
+    """The limit that the intervals' documentation states: two expected rises among 200 pairs, twenty among 2000."""
+    population = rare_rises(0.01)
+    assert 0.15 < false_claims(population, 200, TRIALS) < 0.3
+    assert false_claims(population, 2000, 400) <= 0.05 + noise(400)
+    # the guard: with a score and its default margin 200 pairs never suffice, even if no answer changed
+    assert not score_holds(0, 0, 200, 0.005)
 
 
 def test_students_t_alone_would_pass_too_often():
