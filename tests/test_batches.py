@@ -65,6 +65,7 @@ class TestFixedOrder:
             len(b) if isinstance(b, list) else 1 for b in values(original)
         ]
         assert len(ordered) == len(first)
+        assert first == values(fixed_order(original, seed=1)), "however often the loader was used in between"
         assert first != values(fixed_order(original, seed=2))
 
     def test_generators_stay(self, options):

@@ -6,8 +6,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.compile import from_compiled
-from small_modules import Classifier, loader, network, trainer
+from small_modules import CLASSES, Classifier, loader, network, trainer
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from lrf_lightning.callbacks.isolation import UncompiledModule, detached_copy, undisturbed
 
@@ -53,6 +54,21 @@ class TestDetachedCopy:
         assert new.numbers == [1]
         assert new.numbers is not module.numbers
         assert new.helper.module[0] is new, "what can be copied refers to the copy"
+
+    def test_logged_metrics_are_found_in_the_copy(self):
+        class WithMetric(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.accuracy = MulticlassAccuracy(CLASSES, average="micro")
+
+            def validation_step(self, batch, batch_idx):
+                self.accuracy(self.net(batch[0]), batch[1])
+                self.log("val/acc", self.accuracy)
+
+        module = WithMetric()
+        run = fitted(module)
+        (dense,) = run.validate(module, loader(seed=1), verbose=False)
+        assert run.validate(detached_copy(module), loader(seed=1), verbose=False) == [dense]
 
     def test_compiled_submodules_run_eagerly_under_the_same_names(self):
         module = Classifier()
