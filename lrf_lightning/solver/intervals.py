@@ -12,7 +12,7 @@ r"""One-sided confidence bounds for paired differences.
     bound is about z^2 / (n + z^2).
 
 No bound without assumptions can see harm that is confined to samples of which the split holds hardly any: with five
-expected ones among the pairs the error rate is about 9 % instead of 5 %, with two of them 24 %. The score's interval
+expected ones among the pairs the error rate is about 10 % instead of 5 %, with two of them 24 %. The score's interval
 is the guard against that case.
 """
 
