@@ -69,7 +69,6 @@ def detached_copy(module: LightningModule) -> LightningModule:
         logger.info("The copy of the module shares attributes that cannot be copied (%s): %s", error, list(shared))
         new = copy.deepcopy(module, memo | {id(value): value for value in shared.values()})
     new.trainer = None
-    new._metric_attributes = None  # Lightning finds logged metrics by identity, and those of the copy are new
     if module._compiler_ctx is not None:
         # these attributes would still call the original's compiled methods
         for name in COMPILED_METHODS:
