@@ -251,8 +251,7 @@ class LowRankCompression(Callback):
             self.on_fit_end(trainer, pl_module)
         finally:
             self.strict = strict
-        if self.result is None:
-            raise MisconfigurationException("compress_now needs a trainer whose last run was not interrupted")
+        assert self.result is not None  # whatever fails is raised
         return self.result
 
     def _solve(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
