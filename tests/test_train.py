@@ -12,6 +12,9 @@ from lrf_lightning import load_compressed
 from lrf_lightning.modules import LowRankModule
 from recipes.digits import DigitsClassifier, DigitsNet
 
+# new processes import torch, which takes minutes on a machine that is busy with something else
+pytestmark = pytest.mark.timeout(400)
+
 # a net and a solve that take seconds
 TINY = [
     "+compress=budget",
@@ -147,7 +150,7 @@ def test_command(project, tmp_path):
         text=True,
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
-        timeout=110,
+        timeout=380,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Test split: only reported" in done.stdout
@@ -159,7 +162,7 @@ def test_command(project, tmp_path):
 
 def test_help_lists_the_groups(project):
     done = subprocess.run(
-        [sys.executable, str(project / "train.py"), "--help"], capture_output=True, text=True, timeout=110
+        [sys.executable, str(project / "train.py"), "--help"], capture_output=True, text=True, timeout=380
     )
     assert done.returncode == 0, done.stderr
     assert "compress: budget, compact, lossless, paper" in done.stdout
