@@ -54,6 +54,9 @@ def compress(
 
     Random states, gradient mode and the model's flags are as they were on return.
 
+    Within a process group of ``torch.distributed`` all processes must call it, with the same model and settings, and
+    batch i of a split must be given to process i modulo the number of processes. All of them get the same result.
+
     Args:
         model: any trained module; a copy of it is compressed, the model itself is not touched.
         loss: ``loss(model, batch)``, a Tensor of shape (batch,) with one loss per sample or () with the mean over the

@@ -6,15 +6,26 @@ kept as a list. Only torch is needed here; see :mod:`lrf_lightning.device_batche
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
+from lrf_lightning.distributed import Processes
 from lrf_lightning.random_state import seeded
 
-__all__ = ["EveryNth", "FirstBatches", "fixed_order", "overlaps", "rebuilt", "sample_identities"]
+__all__ = ["EveryNth", "FirstBatches", "dealt", "fixed_order", "overlaps", "rebuilt", "sample_identities"]
 
 PARTS = 10  # a source without indices is told apart in this many interleaved parts
 
@@ -51,8 +62,9 @@ def fixed_order(loader: Iterable[Any], seed: int) -> Iterable[Any]:
     """The same batches in one order for good.
 
     Args:
-        loader: a DataLoader, whose samplers are asked once, with the seed; an iterator, which is read into a list; or
-            any other iterable, which is returned as it is.
+        loader: a DataLoader, whose samplers are asked once, with the seed, a DistributedSampler for what it would deal
+            out to all processes; an iterator, which is read into a list; or any other iterable, which is returned as
+            it is.
         seed: seed of samplers that shuffle; their own generators are left as they were.
     """
     if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
@@ -82,6 +94,34 @@ def rebuilt(loader: DataLoader[Any], order: list[Any] | None) -> DataLoader[Any]
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
     )
+
+
+def dealt(batches: Iterable[Any], processes: Processes) -> Iterable[Any]:
+    """One process's share of batches in a fixed order; all processes must call it.
+
+    A source without indices is run through by every process, which keeps its own batches.
+
+    Raises:
+        ValueError: if the datasets of the processes differ in size.
+    """
+    if processes.size == 1:
+        return batches
+    order = sizes = None
+    if isinstance(batches, DataLoader):
+        chosen = batches.sampler if batches.batch_sampler is None else batches.batch_sampler
+        order = chosen if isinstance(chosen, list) else None
+        sizes = None if order is None else len(batches.dataset)  # type: ignore[arg-type]
+    everywhere = processes.gather(sizes)
+    if len(set(everywhere)) > 1:
+        raise ValueError(
+            f"the datasets of the processes differ in size ({everywhere}); let every process hold the whole dataset, "
+            "a sampler deals it out"
+        )
+    if order is None or not isinstance(batches, DataLoader):
+        turns = [str(rank) for rank in range(processes.size)]
+        return EveryNth(batches, turns, turns[processes.rank])
+    # batch sizes, and with them the cut into batches, may differ: the first process's holds
+    return rebuilt(batches, processes.of_first(order)[processes.rank :: processes.size])
 
 
 def sample_identities(loader: Iterable[Any]) -> frozenset[Hashable]:
@@ -122,17 +162,32 @@ def overlaps(loaders: Mapping[str, Iterable[Any]]) -> list[str]:
 
 
 def _drawn(loader: DataLoader[Any], seed: int) -> list[Any]:
-    samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    source: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if isinstance(source, DistributedSampler):
+        source = _undistributed(source)
+    elif isinstance(getattr(source, "sampler", None), DistributedSampler):
+        source = copy.copy(source)
+        source.sampler = _undistributed(source.sampler)
+    samplers = (source, getattr(source, "sampler", None))
     generators = {id(g): g for g in (getattr(s, "generator", None) for s in samplers) if g is not None}
     states = {key: generator.get_state() for key, generator in generators.items()}
     try:
         for generator in generators.values():
             generator.manual_seed(seed)
         with seeded(seed):
-            return list(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
+            return list(source)
     finally:
         for key, generator in generators.items():
             generator.set_state(states[key])
+
+
+def _undistributed(sampler: DistributedSampler[Any]) -> Iterable[Any]:
+    """What a sampler deals out to all processes, without the samples that it repeats to make the shares even."""
+    wrapped = getattr(sampler.dataset, "_sampler", None)  # Lightning's wrapper of other samplers
+    if wrapped is not None:
+        return wrapped  # type: ignore[no-any-return]
+    dataset: Any = sampler.dataset
+    return RandomSampler(dataset) if sampler.shuffle else SequentialSampler(dataset)
 
 
 def _source_key(source: Iterable[Any]) -> Hashable:

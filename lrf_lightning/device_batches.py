@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.random_state import preserved, seed_all
 
 __all__ = ["DeviceBatches"]
@@ -37,7 +38,8 @@ class DeviceBatches:
         trainer: its datamodule's hooks and its precision are used.
         module: the copy of the module whose hooks are used where the datamodule has none; on ``device``.
         device: where the batches go.
-        seed: seed of the first batch.
+        seed: seed of the first batch of all.
+        processes: who else has other batches; they are numbered together.
         cache_bytes: batches are stored in memory, before the transfer, while they all fit into this.
     """
 
@@ -49,10 +51,11 @@ class DeviceBatches:
         device: torch.device,
         *,
         seed: int = 0,
+        processes: Processes = ALONE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.batches, self.trainer, self.module, self.device = batches, trainer, module, device
-        self.seed, self.cache_bytes = seed, cache_bytes
+        self.seed, self.processes, self.cache_bytes = seed, processes, cache_bytes
         self._stored: list[Any] | None = None
 
     def __len__(self) -> int:
@@ -61,7 +64,7 @@ class DeviceBatches:
     def __iter__(self) -> Iterator[Any]:
         with preserved():
             source: Iterator[Any] | None = None
-            for index in itertools.count():
+            for index in map(self.processes.index, itertools.count()):
                 seed_all(self.seed + index)
                 source = source or self._source()
                 batch = next(source, _END)

@@ -8,7 +8,7 @@ inside :meth:`Processes.together`, which lets all of them end with the cause nam
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ PULSE = 1.0  # seconds
 
 
 class PeerError(RuntimeError):
-    """Another process failed; the message says which one, where and why."""
+    """Another process failed or was lost; the message says which one, where and why, as far as it is known."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Processes:
             return
         for tensor in tensors:
             moved = tensor.to(self.device)
-            dist.all_reduce(moved, group=self.group)
+            with _named("a sum"):
+                dist.all_reduce(moved, group=self.group)
             if moved is not tensor:
                 tensor.copy_(moved)
 
@@ -70,7 +71,8 @@ class Processes:
             return
         for tensor in tensors:
             moved = tensor.to(self.device).contiguous()
-            dist.broadcast(moved, self._global(source), group=self.group)
+            with _named("a broadcast"):
+                dist.broadcast(moved, self._global(source), group=self.group)
             tensor.copy_(moved)
 
     def gather(self, value: Any) -> list[Any]:
@@ -78,8 +80,18 @@ class Processes:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        with _named("an exchange"):
+            dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def of_first(self, value: T) -> T:
+        """The value of the first process, on every process; tensors must be on the CPU."""
+        if self.size == 1:
+            return value
+        values = [value]
+        with _named("a broadcast"):
+            dist.broadcast_object_list(values, self._global(0), group=self.group)
+        return values[0]
 
     def interleaved(self, values: Sequence[Any]) -> list[Any]:
         """The per-batch values of all processes in the order of the batches."""
@@ -99,14 +111,9 @@ class Processes:
         error: BaseException | None = None
         try:
             yield
-        except Exception as caught:
+        except BaseException as caught:  # the others must not wait for a process that was interrupted either
             error = caught
-        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise PeerError(f"process {rank} failed in {what}: {message}")
+        self._meet(what, error, ended=True)
 
     def patiently(self, what: str, work: Callable[[], T]) -> T:
         """Do long work without collectives, and let the other processes know meanwhile that it is still going on.
@@ -122,31 +129,56 @@ class Processes:
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             while True:
-                wait([future], PULSE)
-                ended, error = future.done(), None
-                if ended:
-                    error = future.exception()
-                reports = self.gather((ended, None if error is None else f"{type(error).__name__}: {error}"))
-                if error is not None:
-                    raise error
-                for rank, (_, message) in enumerate(reports):
-                    if message is not None:
-                        raise PeerError(f"process {rank} failed in {what}: {message}")
-                if all(done for done, _ in reports):
+                error: BaseException | None = None
+                try:
+                    wait([future], PULSE)
+                    if future.done():
+                        error = future.exception()
+                except BaseException as caught:
+                    error = caught
+                if self._meet(what, error, ended=future.done()):
                     return future.result()
 
-    def agree(self, what: str, value: str) -> None:
-        """Check that all processes hold the same text.
+    def _meet(self, what: str, error: BaseException | None, *, ended: bool) -> bool:
+        """Whether all processes have ended their work; raises if it failed on one of them."""
+        reports = self.gather((ended, None if error is None else f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        for rank, (_, message) in enumerate(reports):
+            if message is not None:
+                raise PeerError(f"process {rank} failed in {what}: {message}")
+        return all(done for done, _ in reports)
+
+    def agree(self, values: Mapping[str, str], hint: str) -> None:
+        """Check that all processes hold the same texts by the same names.
+
+        Args:
+            values: what to compare, by what it is called.
+            hint: how a difference comes about, and what to do about it.
 
         Raises:
             PeerError: on all processes, if one differs.
         """
-        for rank, other in enumerate(self.gather(value)):
-            if other != value:
-                raise PeerError(f"{what} differs: process {self.rank} has {value}, process {rank} has {other}")
+        first, *others = self.gather(dict(values))
+        for rank, other in enumerate(others, start=1):
+            for name in {**first, **other}:
+                mine, theirs = first.get(name, "nothing"), other.get(name, "nothing")
+                if mine != theirs:
+                    raise PeerError(f"{name} differs: {mine} on process 0, {theirs} on process {rank}. {hint}")
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Say what it means if a collective fails: a process was killed, or did not come within the group's timeout."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(
+            f"another process was lost, or did not come within the timeout of the process group, during {what}: {error}"
+        ) from error
 
 
 class _Missing:

@@ -70,9 +70,8 @@ def lightning_checkpoint(trainer: Trainer, pl_module: LightningModule, result: S
         CheckpointError: if the state dict holds something that cannot be loaded without unpickling code.
         OSError: if the file cannot be written; an older file of the same name is then still whole.
     """
-    checkpoint = _assemble(trainer, pl_module, result)
     try:
-        _write(trainer, checkpoint, path)
+        _write(trainer, _assemble(trainer, pl_module, result), path)
     finally:
         trainer.strategy.barrier()  # the others must not wait for ever for a process that could not write
     return safe_files.normal(path)

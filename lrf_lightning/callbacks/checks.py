@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -65,19 +65,20 @@ def check_arguments(*, loss: Any, score: Any, weights: Any, dirpath: Any, loader
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Refuse what the solver cannot do yet.
+    """Refuse strategies whose processes do not all hold the whole model.
 
     Raises:
-        MisconfigurationException: for sharded strategies and for more than one process.
+        MisconfigurationException: for sharded strategies, and for several processes without DDP.
     """
     if isinstance(trainer.strategy, SHARDED):
         raise MisconfigurationException(
             f"LowRankCompression does not support {type(trainer.strategy).__name__}, whose weights are spread over "
             f"devices. {REMEDY}"
         )
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
         raise MisconfigurationException(
-            f"LowRankCompression does not support several processes yet (world_size={trainer.world_size}). {REMEDY}"
+            f"LowRankCompression does not support {type(trainer.strategy).__name__} with several processes "
+            f"(world_size={trainer.world_size}), only the DDP strategies. {REMEDY}"
         )
 
 

@@ -21,11 +21,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lrf_lightning.api import compress
+from lrf_lightning.batches import dealt
 from lrf_lightning.callbacks import checks
 from lrf_lightning.callbacks.best_weights import load_best_weights
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.checkpoint import lightning_checkpoint, register_structure_hook, save_compressed
 from lrf_lightning.device_batches import DeviceBatches
+from lrf_lightning.distributed import current_processes
 from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.report import print_report
@@ -49,6 +51,10 @@ class LowRankCompression(Callback):
     The work is done in ``on_fit_end`` on a copy of the model: by then checkpoints are written and averaged weights are
     in place. The module, the trainer, the random states and torch's flags stay as they were. A failure is reported as
     a warning and as ``compress/failed`` among the trainer's metrics; it never costs the trained model.
+
+    After training with DDP all processes solve together, each on its share of the data, and end with the same model;
+    the first one writes. What fails on one process fails on all. Of strategies that start their processes anew for a
+    fit, ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook``, only the files come back.
 
     Example::
 
@@ -257,18 +263,19 @@ class LowRankCompression(Callback):
     def _solve(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
         device = trainer.strategy.root_device
         bars = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        processes, seed = current_processes(device), self.settings.seed
         with undisturbed(trainer), stage_progress(enabled=bars) as progress:
-            module = detached_copy(pl_module)
-            if self.weights == "best":
-                load_best_weights(trainer, module)
-            module.to(device)
-            loaders = resolve_loaders(trainer, pl_module, **self.loaders, seed=self.settings.seed)
+            with processes.together("the preparation"):
+                module = detached_copy(pl_module)
+                if self.weights == "best":
+                    load_best_weights(trainer, module)
+                module.to(device)
+                loaders = resolve_loaders(trainer, pl_module, **self.loaders, seed=seed)
+                host = copy.deepcopy(module).eval()  # transfer hooks may use buffers and look at the training mode
             for note in loaders.notes:
                 logger.info(note)
-            host = copy.deepcopy(module).eval()  # transfer hooks may use buffers and look at the training mode
-            batches = [
-                DeviceBatches(getattr(loaders, role), trainer, host, device, seed=self.settings.seed) for role in ROLES
-            ]
+            shares = [dealt(getattr(loaders, role), processes) for role in ROLES]
+            batches = [DeviceBatches(share, trainer, host, device, seed=seed, processes=processes) for share in shares]
             result = compress(
                 module,
                 StepLoss(trainer, score=self.score, loss=self.loss),
@@ -280,15 +287,17 @@ class LowRankCompression(Callback):
             result.model.to(pl_module.device)
         return result
 
-    def _replace_layers(self, pl_module: LightningModule, result: CompressionResult) -> None:
-        """Put copies of the low-rank layers into the live module, all of them or none."""
+    def _replace_layers(self, pl_module: LightningModule, result: CompressionResult, device: torch.device) -> None:
+        """Put copies of the low-rank layers into the live module, all of them or none, on all processes or none."""
         layers = {name: copy.deepcopy(result.model.get_submodule(name)) for name in result.ranks}
         dense = {name: pl_module.get_submodule(name) for name in layers}
+        processes = current_processes(device)
         try:
-            for name, layer in layers.items():
-                replace_module(pl_module, name, layer.train(dense[name].training))
-            if self.weights == "best":
-                pl_module.load_state_dict(result.model.state_dict())
+            with processes.together("replacing the layers"):
+                for name, layer in layers.items():
+                    replace_module(pl_module, name, layer.train(dense[name].training))
+                if self.weights == "best":
+                    pl_module.load_state_dict(result.model.state_dict())
         except BaseException:
             for name, layer in dense.items():
                 replace_module(pl_module, name, layer)
@@ -298,12 +307,16 @@ class LowRankCompression(Callback):
         self, trainer: Trainer, pl_module: LightningModule, result: CompressionResult, directory: Path
     ) -> None:
         """Report, save and log, each on its own, so that one failure does not cost the others."""
+        device = trainer.strategy.root_device
         if self.in_place:
-            self._attempt("replace the layers of the live module", lambda: self._replace_layers(pl_module, result))
+            self._attempt(
+                "replace the layers of the live module", lambda: self._replace_layers(pl_module, result, device)
+            )
         if trainer.is_global_zero:
             self._attempt("print the report", lambda: print_report(result))
-        if self.save:
+        if self.save and trainer.is_global_zero:
             self._attempt("write the compressed model", lambda: save_compressed(result, directory))
+        if self.save:
             self._attempt(
                 "write the Lightning checkpoint",
                 lambda: lightning_checkpoint(trainer, pl_module, result, directory / "compressed.ckpt"),

@@ -45,15 +45,16 @@ def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
     """
     with work.processes.together("reading the calibration data"):
         first = next(iter(work.calibration), None)
-    sizes = work.processes.gather(0 if first is None else batch_size(first))
-    if max(sizes) == 0:
+        first_size = 0 if first is None else batch_size(first)
+    first_size = work.processes.of_first(first_size)  # of the first of all batches
+    if first_size == 0:
         raise ValueError("calibration holds no batch; give a loader that yields at least one and can be iterated again")
     batches = sum(work.processes.gather(length(work.calibration)))
     work.batches = batches
-    work.sampler = RowSampler(work.settings.rows_per_feature, batches * max(sizes), work.settings.seed)
+    work.sampler = RowSampler(work.settings.rows_per_feature, batches * first_size, work.settings.seed)
     groups = list(memory_groups(candidates, work.memory))
     work.keeps_gradients = len(groups) == 1
-    probing = _Probing.of(work, max(sizes)) if work.settings.probes else None
+    probing = _Probing.of(work, first_size) if work.settings.probes else None
     found: dict[str, LayerStatistics] = {}
     for group in groups:
         with work.stage("statistics", length(work.calibration)) as advance:

@@ -94,6 +94,10 @@ def fit_layers(
         advance()
         return factorized(candidate.module, *factors)
 
+    processes.agree(
+        {f"the rank of {name!r}": str(ranks[name]) for name in layers},
+        "Different processors round differently; use the same kind on all processes, or compress on one process",
+    )
     fitted = {name: layer for name, layer in layers.items() if compensation and can_be_fitted(layer)}
     for name in layers:
         if name not in fitted:
@@ -165,11 +169,12 @@ class _Fitting:
                 stack.enter_context(evaluation_mode(module))
                 stack.enter_context(self._gates(module, replaced=module is compressed))
             stack.enter_context(torch.no_grad())
-            started = stack.enter_context(runs(passes()))
-            self._solve(list(zip(sizes, started[::2], started[1::2], strict=True)))
+            with self.processes.together("reading the calibration data"):
+                started = stack.enter_context(runs(passes()))
+            self._solve(list(zip(sizes, started[::2], started[1::2], strict=True)), device)
         return self.replacements
 
-    def _solve(self, passes: list[tuple[int, Run, Run]]) -> None:
+    def _solve(self, passes: list[tuple[int, Run, Run]], device: torch.device) -> None:
         here = list(enumerate(passes))
         for name, layer in self.layers.items():
             evidence = _Evidence()
@@ -185,8 +190,8 @@ class _Fitting:
                         evidence.cross.add(self._rows(layer, dense.event[1], size, index), y)
                         evidence.inputs.add(y, y)
             if self.processes.size > 1:
-                evidence.cross.merge(self.processes)
-                evidence.inputs.merge(self.processes)
+                evidence.cross.merge(self.processes, device)
+                evidence.inputs.merge(self.processes, device)
             self.replacements[name] = self.solved(name, evidence)
 
     def _rows(self, layer: LayerStatistics, x: Tensor, size: int, index: int) -> Tensor:

@@ -57,6 +57,11 @@ class _Derivatives:
         self.heads.append(sum((head for head, _ in calls), none[0]))
         self.totals.append(sum((total for _, total in calls), none[1]))
 
+    def joined(self, components: int) -> tuple[Tensor, Tensor]:
+        """Those of all batches; a process may have none."""
+        none = torch.zeros(0, components, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        return torch.cat([none[0], *self.heads]), torch.cat([none[1], *self.totals])
+
 
 def component_derivatives(
     model: nn.Module,
@@ -113,7 +118,7 @@ def component_derivatives(
 
     with processes.together("the curves"):
         backward_passes(model, layers, loss, batches, device, on_forward, flush, processes)
-    return {name: (torch.cat(d.heads), torch.cat(d.totals)) for name, d in collected.items()}
+    return {name: derivatives.joined(factors[name].left.shape[-1]) for name, derivatives in collected.items()}
 
 
 def predict(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lrf_lightning.distributed import current_processes
+from lrf_lightning.distributed import Processes, current_processes
 from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.certificate import certify, fit_temperature
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome
@@ -26,6 +26,11 @@ from lrf_lightning.solver.workspace import Progress, Workspace
 from lrf_lightning.surgery import Skipped, find_layers, prepare, settle
 
 __all__ = ["calibrated", "solve"]
+
+DISAGREEMENT = (
+    "All processes must solve the same task. Sweeps whose sampler has no seed start every process with other "
+    "arguments; give the sampler a seed"
+)
 
 
 def solve(
@@ -42,6 +47,7 @@ def solve(
     """Compress a copy of ``model``; see :func:`lrf_lightning.compress` for the arguments.
 
     Raises:
+        PeerError: if another process failed, or has other settings or weights.
         ValueError: if weights are not finite, a split is empty, the loss is not usable, or the budget cannot be met.
     """
     started = time.perf_counter()
@@ -69,12 +75,15 @@ def calibrated(
 
     From here any number of budgets can be solved; see :class:`~lrf_lightning.solver.frontier.Frontier`.
     """
-    _check_weights(model)
     if settings.objective == "paper":  # the published algorithm knows neither metrics nor compensation
         settings = dataclasses.replace(settings, metric="euclidean", compensation=False, probes=False)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
-    working = copy.deepcopy(model).to(device)
-    prepare(working)
+    processes = current_processes(device)
+    with processes.together("the copy of the model"):
+        _check_weights(model)
+        working = copy.deepcopy(model).to(device)
+        prepare(working)
+    _unify(working, settings, processes)
     work = Workspace(
         working,
         loss,
@@ -82,7 +91,7 @@ def calibrated(
         device,
         settings,
         progress or (lambda *_: None),
-        current_processes(device),
+        processes,
     )
     dense = _evaluate_dense(work)
     candidates, work.skipped = find_layers(working, **settings.layer_choice)
@@ -98,6 +107,32 @@ def _check_weights(model: nn.Module) -> None:
                 f"the weights of {name!r} hold NaN or infinite values; nothing can be compressed. "
                 "Look for a diverged training run or load an earlier checkpoint"
             )
+
+
+def _unify(model: nn.Module, settings: Settings, processes: Processes) -> None:
+    """Check that all processes have the same settings and weights, and give them the buffers of the first one.
+
+    Running statistics are not kept in step while training: every process has those of its own batches.
+    """
+    if processes.size == 1:
+        return
+    values = {
+        f"the setting {field.name!r}": repr(getattr(settings, field.name))
+        for field in dataclasses.fields(settings)
+        if not callable(getattr(settings, field.name))  # shown with an address
+    }
+    values |= {f"the sum of the bytes of the weight {name!r}": _byte_sum(p) for name, p in model.named_parameters()}
+    processes.agree(values, DISAGREEMENT)
+    buffers = dict(model.named_buffers())
+    kinds = {name: (str(buffer.dtype), tuple(buffer.shape)) for name, buffer in buffers.items() if not buffer.is_meta}
+    everywhere = set.intersection(*(set(other.items()) for other in processes.gather(kinds)))
+    processes.broadcast_([buffers[name] for name, kind in kinds.items() if (name, kind) in everywhere], 0)
+
+
+def _byte_sum(weight: nn.Parameter) -> str:
+    if weight.is_meta or isinstance(weight, nn.parameter.UninitializedParameter):
+        return "unknown"
+    return f"{int(weight.detach().flatten().view(torch.uint8).sum())} of shape {tuple(weight.shape)}"
 
 
 def _evaluate_dense(work: Workspace) -> Outcome:

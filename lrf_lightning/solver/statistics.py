@@ -46,7 +46,7 @@ class Moment:
         self.total = product if self.total is None else self.total + product
         self.rows += u.shape[1]
 
-    def merge(self, processes: Processes) -> None:
+    def merge(self, processes: Processes, device: torch.device) -> None:
         """Add up the sums of all processes; all of them must call it."""
         shapes = processes.gather((self.rows, None if self.total is None else tuple(self.total.shape)))
         shape = next((shape for _, shape in shapes if shape is not None), None)
@@ -54,7 +54,7 @@ class Moment:
         if shape is None:
             return
         if self.total is None:
-            self.total = torch.zeros(shape, dtype=torch.float64, device=processes.device)
+            self.total = torch.zeros(shape, dtype=torch.float64, device=device)
         processes.sum_([self.total])
 
     def forget(self) -> None:
@@ -186,7 +186,9 @@ def collect_statistics(
 
     with processes.together("the statistics"):
         samples = backward_passes(model, layers, loss, batches, device, on_forward, lambda _: advance(), processes)
-    samples = _merge(layers, calls, samples, processes)
+    samples = _merge(layers, calls, samples, processes, device)
+    if samples == 0:
+        raise ValueError("calibration holds no batch; give a loader that yields at least one and can be iterated again")
     for name, layer in layers.items():
         layer.rows_per_sample = calls[name] / samples
         layer.problem = layer.problem or _problem(layer)
@@ -229,8 +231,6 @@ def backward_passes(
                 if total.requires_grad:
                     total.backward()  # type: ignore[no-untyped-call]
             after_batch(size)
-    if samples == 0:
-        raise ValueError("calibration holds no batch; give a loader that yields at least one and can be iterated again")
     return samples
 
 
@@ -249,7 +249,13 @@ def memory_groups(candidates: Iterable[Candidate], limit: float) -> Iterator[lis
         yield group
 
 
-def _merge(layers: Mapping[str, LayerStatistics], calls: dict[str, float], samples: int, processes: Processes) -> int:
+def _merge(
+    layers: Mapping[str, LayerStatistics],
+    calls: dict[str, float],
+    samples: int,
+    processes: Processes,
+    device: torch.device,
+) -> int:
     """Let every process know what all of them have seen; returns the number of all samples."""
     if processes.size == 1:
         return samples
@@ -270,7 +276,7 @@ def _merge(layers: Mapping[str, LayerStatistics], calls: dict[str, float], sampl
         if layer.problem or layer.order < 0:
             continue
         for moment in (layer.inputs, layer.gradients):
-            moment.merge(processes)
+            moment.merge(processes, device)
     return sum(count for count, _ in gathered)
 
 

@@ -108,14 +108,15 @@ class Workspace:
         return self.settings.rank_multiple or (8 if self.device.type == "cuda" else 1)
 
     def compensation_batches(self) -> Batches:
-        """As many of this process's calibration batches as may be in the middle of a pass at once.
+        """This process's part of as many calibration batches as may be in the middle of a pass at once.
 
-        A pass of each model keeps about three tensors of the size of the largest input alive.
+        A pass of each model keeps about three tensors of the size of the largest input alive. The limit holds for all
+        processes together, so that the factors do not depend on how many there are.
         """
         sample = 6 * max((layer.input_bytes for layer in self.layers.values()), default=0.0)
         size = self.sampler.samples / max(self.batches, 1)
         count = max(1, math.floor(self.memory / max(sample * size, 1.0)))
-        return itertools.islice(self.calibration, count)
+        return itertools.islice(self.calibration, self.processes.share(count))
 
     def evaluate(self, model: nn.Module, split: str, *, keep_logits: bool = False) -> Outcome:
         """Loss and score on a split, over all processes."""

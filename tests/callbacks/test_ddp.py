@@ -1,0 +1,115 @@
+import os
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from small_modules import QUICK, Classifier, loader, trainer
+
+from lrf_lightning import LowRankCompression, load_compressed, tracking
+
+
+@pytest.fixture(autouse=True)
+def _without_port():
+    """Lightning leaves the port of the group in the environment."""
+    yield
+    os.environ.pop("MASTER_PORT", None)
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch):
+    """Drawing takes longer than everything else here, and has its own tests."""
+    monkeypatch.setattr(tracking, "_draw_pictures", lambda result: {})
+
+
+class Notes(pl.Callback):
+    """Writes what every process ended with into a file."""
+
+    def __init__(self, folder, compression):
+        self.folder, self.compression = folder, compression
+
+    def on_fit_end(self, trainer, pl_module):
+        result = self.compression.result
+        noted = {
+            "failed": float(trainer.callback_metrics["compress/failed"]),
+            "ranks": None if result is None else result.ranks,
+            "weights": None if result is None else result.model.state_dict(),
+            "samples": None if result is None else result.samples,
+            "live": {name: type(module).__name__ for name, module in pl_module.named_modules()},
+        }
+        torch.save(noted, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+def fit(folder, callback, *, validation, processes=2, module=None, **options):
+    """What every process ended with, in order; training takes no steps, so that it is the same for all numbers."""
+    strategy = {"strategy": "ddp_fork", "devices": processes} if processes > 1 else {"devices": 1}
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    run = trainer(callbacks=[callback, Notes(folder, callback)], max_epochs=1, **(strategy | options))
+    module = module or Classifier()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    run.fit(module, loader(), validation)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def compression(folder, **options):
+    return LowRankCompression(**(QUICK | {"objective": "budget", "dirpath": folder} | options))
+
+
+@pytest.mark.parametrize("samples", [96, 83])  # 83 samples are 6 batches, of which the last one is short
+def test_all_processes_end_with_the_model_of_one_process(tmp_path, samples):
+    validation = loader(samples, seed=1)
+    (alone,) = fit(tmp_path / "a", compression(tmp_path / "one"), validation=validation, processes=1)
+    first, second = fit(tmp_path / "b", compression(tmp_path / "two", in_place=True), validation=validation)
+    assert first["failed"] == second["failed"] == 0
+    assert first["ranks"] == second["ranks"] == alone["ranks"]
+    assert alone["ranks"]
+    assert first["samples"] == second["samples"] == alone["samples"]
+    assert sum(alone["samples"].values()) == samples  # padded duplicates are not counted
+    torch.testing.assert_close(second["weights"], first["weights"], rtol=0, atol=0)
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-4, atol=1e-5)
+    assert first["live"] == second["live"] != alone["live"]
+    loaded = load_compressed(Classifier(), tmp_path / "two")
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(first["weights"]), rtol=0, atol=0)
+    assert (tmp_path / "two" / "compressed.ckpt").is_file()
+
+
+class FailsOnOne(Classifier):
+    """Fails on the second process once training has ended."""
+
+    def validation_step(self, batch, batch_idx):
+        if self.global_step and not self.training and torch.distributed.get_rank() == 1 and self.trainer.fit_ends:
+            raise ArithmeticError("broken on one process")
+        return super().validation_step(batch, batch_idx)
+
+
+class EndsFit(pl.Callback):
+    def setup(self, trainer, pl_module, stage):
+        trainer.fit_ends = False
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.fit_ends = True
+
+
+def test_a_failure_on_one_process_is_reported_on_all(tmp_path):
+    callback = compression(tmp_path / "compressed")
+    ends = EndsFit()
+    module = FailsOnOne()
+    outcomes = fit_failing(tmp_path, callback, ends, module)
+    for outcome in outcomes:
+        assert outcome["failed"] == 1
+        assert outcome["ranks"] is None
+    assert not (tmp_path / "compressed" / "compressed.ckpt").exists()
+    assert list(tmp_path.glob("**/trained.ckpt"))
+
+
+def fit_failing(folder, callback, ends, module):
+    saving = pl.callbacks.ModelCheckpoint(folder, filename="trained")
+    run = trainer(
+        callbacks=[ends, saving, callback, Notes(folder, callback)],
+        max_epochs=1,
+        strategy="ddp_fork",
+        devices=2,
+        enable_checkpointing=True,
+    )
+    run.fit(module, loader(), loader(seed=1))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
