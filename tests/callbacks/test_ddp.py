@@ -74,12 +74,19 @@ def test_all_processes_end_with_the_model_of_one_process(tmp_path, samples):
 
 
 class FailsOnOne(Classifier):
-    """Fails on the second process once training has ended."""
+    """Fails on the second process once training has ended, in every step that could give a loss."""
 
     def validation_step(self, batch, batch_idx):
-        if self.global_step and not self.training and torch.distributed.get_rank() == 1 and self.trainer.fit_ends:
-            raise ArithmeticError("broken on one process")
+        self._fail()
         return super().validation_step(batch, batch_idx)
+
+    def training_step(self, batch, batch_idx):
+        self._fail()
+        return super().training_step(batch, batch_idx)
+
+    def _fail(self):
+        if torch.distributed.get_rank() == 1 and self.trainer.fit_ends:
+            raise ArithmeticError("broken on one process")
 
 
 class EndsFit(pl.Callback):
