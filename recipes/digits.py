@@ -7,8 +7,8 @@ split         images  used for
 ============  ======  ===============================================================
 train         547     the weights
 calibration   250     statistics of the compression
-selection     300     watching the training, choosing among compressed models
-verification  550     the verdict
+selection     150     watching the training, choosing among compressed models
+verification  700     the verdict
 test          150     reported at the end, decides nothing
 ============  ======  ===============================================================
 
@@ -48,8 +48,8 @@ class Digits(LightningDataModule):
         self,
         *,
         calibration: int = 250,
-        selection: int = 300,
-        verification: int = 550,
+        selection: int = 150,
+        verification: int = 700,
         test: int = 150,
         batch_size: int = 32,
         seed: int = 0,
@@ -146,7 +146,7 @@ class DigitsNet(nn.Sequential):
         blocks: number of blocks.
     """
 
-    def __init__(self, *, width: int = 128, groups: int = 4, blocks: int = 3) -> None:
+    def __init__(self, *, width: int = 128, groups: int = 4, blocks: int = 4) -> None:
         stem = [nn.Conv2d(1, width // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width // 2), nn.ReLU()]
         body = [ResNeXtBlock(width if i else width // 2, width, groups) for i in range(blocks)]
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]

@@ -53,7 +53,7 @@ def test_net_has_the_parts_that_the_readme_names():
     net = DigitsNet()
     assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert 150_000 < sum(parameter.numel() for parameter in net.parameters()) < 300_000
-    assert sum(isinstance(module, torch.nn.Conv2d) and module.groups > 1 for module in net.modules()) == 3
+    assert sum(isinstance(module, torch.nn.Conv2d) and module.groups > 1 for module in net.modules()) == 4
     assert isinstance(net[-1], torch.nn.Linear)
 
 
