@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lrf_lightning.solver.compensation import can_be_fitted
 from lrf_lightning.solver.curves import Prediction, component_derivatives, predict, tail_derivatives
-from lrf_lightning.solver.evaluation import Outcome, batch_size, evaluate
+from lrf_lightning.solver.evaluation import Outcome, batch_size, evaluate, evaluation_mode, to_device
 from lrf_lightning.solver.factorization import Factors
+from lrf_lightning.solver.hooks import observe_inputs
 from lrf_lightning.solver.probes import (
     LEVELS,
     Probe,
@@ -53,6 +55,8 @@ def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
     work.batches = batches
     work.sampler = RowSampler(work.settings.rows_per_feature, batches * first_size, work.settings.seed)
     groups = list(memory_groups(candidates, work.memory))
+    if len(groups) > 1:  # a single group learns the order while it is observed
+        groups = list(memory_groups(_in_execution_order(work, candidates, first), work.memory))
     work.keeps_gradients = len(groups) == 1
     probing = _Probing.of(work, first_size) if work.settings.probes else None
     found: dict[str, LayerStatistics] = {}
@@ -60,16 +64,33 @@ def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
         with work.stage("statistics", length(work.calibration)) as advance:
             layers = work.statistics(group, advance)
         found |= layers
+        work.samples["calibration"] = next(iter(layers.values())).samples
         usable = {name: layer for name, layer in layers.items() if not layer.problem}
         if usable:
             _draw_curves(work, usable, probing, len(groups))
         for layer in layers.values():
             _forget(work, layer)
-    found = dict(sorted(found.items(), key=lambda item: item[1].order))
     work.layers = {name: layer for name, layer in found.items() if not layer.problem}
     work.skipped += [
         Skipped(name, layer.candidate.kind, layer.problem) for name, layer in found.items() if layer.problem
     ]
+
+
+def _in_execution_order(work: Workspace, candidates: list[Candidate], first: Any) -> list[Candidate]:
+    """Sort layers by their first call on the first batch; those that do not run there come last, as they stand."""
+    seen: list[str] = []
+    with work.processes.together("looking for the order of the layers"):
+        # its first batch is the first of all, so the first process knows; the others may have none
+        if work.processes.rank == 0:
+            modules = {candidate.name: candidate.modules_in(work.model) for candidate in candidates}
+            with (
+                evaluation_mode(work.model),
+                torch.no_grad(),
+                observe_inputs(modules, lambda name, _: seen.append(name)),
+            ):
+                work.loss(work.model, to_device(first, work.device))
+    order = {name: position for position, name in enumerate(dict.fromkeys(work.processes.of_first(seen)))}
+    return sorted(candidates, key=lambda candidate: order.get(candidate.name, len(order)))
 
 
 def _forget(work: Workspace, layer: LayerStatistics) -> None:
@@ -118,8 +139,6 @@ def _draw_curves(
             processes=work.processes,
             advance=advance,
         )
-    # so far only known as batches times the size of the first one
-    work.samples["calibration"] = sum(work.processes.gather(len(next(iter(derivatives.values()))[1])))
     predictions = {name: predict(*derivatives[name], factors[name].relative_tail(), work.processes) for name in layers}
     probes: dict[str, list[Probe]] = {name: [] for name in layers}
     if probing is not None:

@@ -82,6 +82,7 @@ class LayerStatistics:
         reader: how its rows are read.
         inputs: moment of the input rows.
         gradients: moment of the output-gradient rows.
+        samples: calibration samples of all processes, whether the layer ran on them or not.
         rows_per_sample: tokens or positions per sample, the mean over the calls.
         repeated: whether it runs several times in one pass.
         input_bytes: largest size of its input per sample.
@@ -93,6 +94,7 @@ class LayerStatistics:
     reader: RowReader
     inputs: Moment = field(default_factory=Moment)
     gradients: Moment = field(default_factory=Moment)
+    samples: int = 0
     rows_per_sample: float = 0.0
     repeated: bool = False
     input_bytes: float = 0.0
@@ -190,7 +192,7 @@ def collect_statistics(
     if samples == 0:
         raise ValueError("calibration holds no batch; give a loader that yields at least one and can be iterated again")
     for name, layer in layers.items():
-        layer.rows_per_sample = calls[name] / samples
+        layer.samples, layer.rows_per_sample = samples, calls[name] / samples
         layer.problem = layer.problem or _problem(layer)
     return dict(sorted(layers.items(), key=lambda item: item[1].order))
 
