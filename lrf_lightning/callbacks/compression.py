@@ -34,7 +34,6 @@ from lrf_lightning.report import print_report
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.settings import Cost, GammaKind, Metric, Objective, PaperVariant, Prediction, Settings
 from lrf_lightning.step_loss import Score, StepLoss
-from lrf_lightning.surgery import replace_module
 from lrf_lightning.tracking import log_solution
 
 if TYPE_CHECKING:
@@ -288,19 +287,16 @@ class LowRankCompression(Callback):
         return result
 
     def _replace_layers(self, pl_module: LightningModule, result: CompressionResult, device: torch.device) -> None:
-        """Put copies of the low-rank layers into the live module, all of them or none, on all processes or none."""
-        layers = {name: copy.deepcopy(result.model.get_submodule(name)) for name in result.ranks}
-        dense = {name: pl_module.get_submodule(name) for name in layers}
-        processes = current_processes(device)
+        """Give the live module structure and weights of the result, wholly or not at all, on all processes or none.
+
+        The hook that :meth:`setup` registered lets the structure follow the weights.
+        """
+        before = copy.deepcopy(pl_module.state_dict())
         try:
-            with processes.together("replacing the layers"):
-                for name, layer in layers.items():
-                    replace_module(pl_module, name, layer.train(dense[name].training))
-                if self.weights == "best":
-                    pl_module.load_state_dict(result.model.state_dict())
+            with current_processes(device).together("replacing the layers"):
+                pl_module.load_state_dict(result.model.state_dict())
         except BaseException:
-            for name, layer in dense.items():
-                replace_module(pl_module, name, layer)
+            pl_module.load_state_dict(before)
             raise
 
     def _publish(

@@ -230,6 +230,20 @@ def as_dataclass(items):
     return Sample(torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]))
 
 
+class Attentive(torch.nn.Module):
+    """Attention over the features, whose projections are no modules of their own before they are factorized."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(1, 16)
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = torch.nn.Linear(16, 4)
+
+    def forward(self, x):
+        tokens = self.embed(x[..., None])
+        return self.head(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+
 class TestProjects:
     """Whatever the module and its data look like, it is compressed and nothing else changes."""
 
@@ -491,6 +505,14 @@ class TestLifecycle:
         x, _ = clouds()
         torch.testing.assert_close(module.net(x), callback.result.model.net(x), rtol=0, atol=0)
         assert module.net.training
+
+    def test_in_place_inside_attention(self):
+        module, callback = Classifier(Attentive()), compression(in_place=True, keep=0.4, objective="budget")
+        trainer(callbacks=[callback]).fit(module, loader(), loader(seed=1))
+        assert any(name.startswith("net.attention.") for name in callback.result.ranks)
+        assert isinstance(module.get_submodule(next(iter(callback.result.ranks))), LowRankModule)
+        x, _ = clouds()
+        torch.testing.assert_close(module.eval().net(x), callback.result.model.eval().net(x), rtol=0, atol=0)
 
     def test_in_place_twice_leaves_low_rank_layers_alone(self):
         module = Classifier()
