@@ -5,13 +5,9 @@
 
 from __future__ import annotations
 
-import netrc
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import hydra
 import torch
@@ -24,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrf_lightning import CompressionResult, LowRankCompression
+from lrf_lightning.wandb_account import offline_without_account
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -41,8 +38,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     _check(cfg)
     seed_everything(cfg.seed, workers=True)
-    if not _has_wandb_account():
-        os.environ.setdefault("WANDB_MODE", "offline")  # W&B would ask for an account on a terminal, and fail elsewhere
+    offline_without_account()
     datamodule: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
     callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
@@ -148,22 +144,6 @@ def _objective(metrics: Mapping[str, Any], names: str | Sequence[str] | None) ->
     if names not in metrics:
         raise ValueError(f"optimized_metric={names!r} is no metric of this run; there are {', '.join(sorted(metrics))}")
     return float(metrics[names])
-
-
-def _has_wandb_account() -> bool:
-    """Whether W&B finds a key without asking: in the environment or, after ``wandb login``, in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    files = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    return any(_has_login(file, host) for file in files)
-
-
-def _has_login(file: Path, host: str) -> bool:
-    try:
-        return netrc.netrc(str(file)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _finish_wandb() -> None:

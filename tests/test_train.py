@@ -120,28 +120,6 @@ def test_objective():
         application._objective(metrics, "val/accuracy")
 
 
-@pytest.mark.parametrize(
-    ("text", "account"),
-    [
-        (None, False),
-        ("", False),
-        ("machine api.wandb.ai login user password secret", True),
-        ("machine example.org login user password secret", False),
-        ("machine", False),
-    ],
-)
-def test_account_in_the_netrc_file(offline, tmp_path, text, account):
-    if text is not None:
-        (tmp_path / "netrc").write_text(text)
-    assert application._has_wandb_account() is account
-
-
-def test_account_in_the_environment(offline, monkeypatch):
-    assert not application._has_wandb_account()
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert application._has_wandb_account()
-
-
 def test_command(project, tmp_path):
     """The command as a user types it, W&B included, without an account and without a terminal."""
     overrides = [item for item in TINY if item != "logger=csv"]
