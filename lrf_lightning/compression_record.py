@@ -129,6 +129,7 @@ def _thinned(curve: LayerCurve) -> dict[str, Any]:
     values = curve.singular_values
     thinned["singular_values"] = [_rounded(values[curve.ranks[i] - 1]) for i in kept if curve.ranks[i] <= len(values)]
     thinned["probes"] = _plain(curve.probes)
+    thinned["probed_with"] = _plain(curve.probed_with)
     return thinned
 
 

@@ -54,7 +54,7 @@ def curves_figures(result: Solution) -> list[Figure]:
         _draw_curve(ax, curve)
         symmetric_log(ax.yaxis, curve.predicted, margin)
 
-    note = "orange: chosen; squares: measured; grey: outside of the perturbation range"
+    note = "orange: chosen; squares: measured, where truncated alone; grey: outside of the perturbation range"
     return _pages(result, "predicted change of the loss, std. error", note, draw)
 
 
@@ -67,7 +67,8 @@ def _draw_curve(ax: Axes, curve: LayerCurve) -> None:
     outside = [rank for rank, allowed in zip(curve.ranks, curve.allowed, strict=True) if not allowed]
     if outside:
         ax.axvspan(min(outside) - 0.5, max(outside) + 0.5, color=GREY, alpha=0.2, linewidth=0)
-    for rank, _, measured, error in curve.probes:
+    # what was measured for several layers at once says nothing about this one
+    for rank, _, measured, error in [] if curve.probed_with else curve.probes:
         if all_finite(measured):
             ax.errorbar([rank], [measured], yerr=[finite(error)], fmt="s", color=RED, markersize=3, capsize=2)
 

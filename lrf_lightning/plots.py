@@ -167,14 +167,14 @@ def ranks_figures(result: Solution) -> list[Figure]:
 
 
 def probes_figures(result: Solution) -> list[Figure]:
-    """Predicted against measured change of the loss, of single layers and of whole allocations."""
+    """Predicted against measured change of the loss, of one or a few truncated layers and of whole allocations."""
     probes = [row for row in probe_rows(result) if all_finite(row["predicted_change"], row["measured_change"])]
     points = [point for point in result.frontier if all_finite(point.predicted, point.loss_change)]
     if not probes and not points:
         return []
     series = [
         (
-            "one layer truncated (calibration split)",
+            "one or a few layers truncated (calibration split)",
             BLUE,
             "o",
             [(row["predicted_change"], row["measured_change"], finite(row["error"])) for row in probes],

@@ -140,13 +140,25 @@ def _curve_row(layer: LayerResult, curve: LayerCurve, index: int) -> Row:
 
 
 def probe_rows(result: Solution) -> list[Row]:
-    """One row per measured truncation of a single layer: predicted against measured change of the loss."""
-    return [
-        {"layer": layer.name, "rank": rank, "predicted_change": predicted, "measured_change": measured, "error": error}
-        for layer in result.layers
-        if layer.curve is not None
-        for rank, predicted, measured, error in layer.curve.probes
-    ]
+    """One row per measured truncation of one layer or of several at once: predicted against measured change."""
+    curves = {layer.name: layer.curve for layer in result.layers if layer.curve is not None}
+    rows: list[Row] = []
+    for position, (name, curve) in enumerate(curves.items()):
+        if set(curve.probed_with) & set(list(curves)[:position]):
+            continue  # its measurements are those of an earlier layer
+        together = [name, *curve.probed_with]
+        for index, (_, predicted, measured, error) in enumerate(curve.probes):
+            ranks = [str(curves[other].probes[index][0]) for other in together]
+            rows.append(
+                {
+                    "layers": " + ".join(together),
+                    "ranks": " + ".join(ranks),
+                    "predicted_change": predicted,
+                    "measured_change": measured,
+                    "error": error,
+                }
+            )
+    return rows
 
 
 def share(part: float, whole: float) -> float | None:

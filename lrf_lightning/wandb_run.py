@@ -9,7 +9,7 @@ table ``compress/layers``                   one row per layer: kind, shape, rank
 table ``compress/frontier``                 the original and every measured point
 table ``compress/ranks``                    rank of every layer at every point
 table ``compress/curves``                   per layer and rank: singular value, predicted change of the loss, its parts
-table ``compress/probes``                   predicted against measured change of single layers
+table ``compress/probes``                   predicted against measured change of truncations
 picture ``compress/pictures/frontier``      loss and score over the parameters kept; likewise ``layers``, ``ranks``,
                                             ``predicted_vs_measured``, ``spectra`` and ``curves``
 history ``compress/frontier_point/...``     ``loss``, ``loss_change``, ``score``, ``score_change`` over the step metric

@@ -55,9 +55,24 @@ def test_curve_rows_can_be_thinned_out_between_the_first_and_the_last_rank():
 
 def test_probe_rows_are_the_measured_points():
     layers = [layer for layer in tiny_result().layers if layer.curve is not None]
-    expected = [(layer.name, *probe) for layer in layers for probe in layer.curve.probes]
+    expected = [(layer.name, str(rank), *rest) for layer in layers for rank, *rest in layer.curve.probes]
     assert expected
+    assert not any(layer.curve.probed_with for layer in layers)
     assert [tuple(row.values()) for row in probe_rows(tiny_result())] == expected
+
+
+def test_layers_that_were_truncated_together_share_a_row():
+    result = tiny_result()
+    first, second = [layer for layer in result.layers if layer.curve is not None][:2]
+    shared = [(4, 0.1, 0.2, 0.01)]
+    layers = [
+        dataclasses.replace(
+            layer, curve=dataclasses.replace(layer.curve, probes=[(rank, *shared[0][1:])], probed_with=[other.name])
+        )
+        for layer, other, rank in ((first, second, 4), (second, first, 7))
+    ]
+    rows = probe_rows(dataclasses.replace(result, layers=layers))
+    assert [tuple(row.values()) for row in rows] == [(f"{first.name} + {second.name}", "4 + 7", 0.1, 0.2, 0.01)]
 
 
 def test_csv_reads_back(tmp_path):

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -54,12 +55,11 @@ def solve(
     splits = {"calibration": calibration, "selection": selection, "verification": verification}
     work, dense = calibrated(model, loss, splits, settings=settings, device=device, progress=progress)
     if work.layers:
-        compressed, points, chosen, message = _choose(work, dense)
+        choice = _choose(work, dense)
     else:
-        compressed, points, chosen = work.model, [], None
         reasons = _reasons(work.skipped) or "the model has no layer with a weight matrix"
-        message = f"No layer can be factorized: {reasons}."
-    return _solution(work, dense, compressed, points, chosen, message, started)
+        choice = _Choice(work.model, dense, f"No layer can be factorized: {reasons}.")
+    return _solution(work, dense, choice, started)
 
 
 def calibrated(
@@ -145,8 +145,18 @@ def _evaluate_dense(work: Workspace) -> Outcome:
     return outcome
 
 
-def _choose(work: Workspace, dense: Outcome) -> tuple[nn.Module, list[FrontierPoint], FrontierPoint | None, str]:
-    """The compressed model, the measured points, the chosen one, and a sentence on the choice."""
+@dataclass(frozen=True)
+class _Choice:
+    """The compressed model, its losses on the selection split, a sentence, and the points if any were measured."""
+
+    model: nn.Module
+    outcome: Outcome
+    message: str
+    point: FrontierPoint | None = None
+    points: list[FrontierPoint] = field(default_factory=list)
+
+
+def _choose(work: Workspace, dense: Outcome) -> _Choice:
     settings, frontier = work.settings, Frontier(work, dense)
     dense_params = sum(parameter.numel() for parameter in work.model.parameters())
     chosen: FrontierPoint | None
@@ -168,9 +178,11 @@ def _choose(work: Workspace, dense: Outcome) -> tuple[nn.Module, list[FrontierPo
             "No smaller model kept its loss and score within the noise and the tolerances on the selection split "
             f"(tolerance={settings.tolerance:g}, score_tolerance={settings.score_tolerance:g})."
         )
-    compressed = copy.deepcopy(work.model) if chosen is None else frontier.build(chosen.ranks)
     points = mark_chosen(frontier.points, chosen)
-    return compressed, points, next((point for point in points if point.chosen), None), message
+    if chosen is None:
+        return _Choice(copy.deepcopy(work.model), dense, message, None, points)
+    point = next(point for point in points if point.chosen)
+    return _Choice(frontier.build(chosen.ranks), frontier.outcome(chosen), message, point, points)
 
 
 def _choose_paper(frontier: Frontier) -> tuple[FrontierPoint | None, str]:
@@ -196,24 +208,20 @@ def _mean_square(layer: LayerStatistics) -> float:
 def _solution(
     work: Workspace,
     dense: Outcome,
-    compressed: nn.Module,
-    points: list[FrontierPoint],
-    chosen: FrontierPoint | None,
-    message: str,
+    choice: _Choice,
     started: float,
 ) -> Solution:
-    ranks = {} if chosen is None else dict(chosen.ranks)
+    compressed, ranks = choice.model, {} if choice.point is None else dict(choice.point.ranks)
     with work.stage("verification", 0):
         before = work.evaluate(work.model, "verification", keep_logits=True)
         after = work.evaluate(compressed, "verification", keep_logits=True)
-        fitted = work.evaluate(compressed, "selection", keep_logits=True)
-    temperatures = (fit_temperature(dense), fit_temperature(fitted))
+    temperatures = (fit_temperature(dense), fit_temperature(choice.outcome))
     certificate = certify(
         before,
         after,
         work.settings,
         temperatures=None if None in temperatures else temperatures,  # type: ignore[arg-type]
-        unchanged=chosen is None,
+        unchanged=choice.point is None,
     )
     settle(compressed)
     layers = [_layer_result(work, layer, ranks) for layer in work.layers.values()]
@@ -223,14 +231,14 @@ def _solution(
         model=compressed,
         ranks=ranks,
         layers=layers,
-        frontier=points,
+        frontier=choice.points,
         dense=dense.measurement(),
         certificate=certificate,
         settings=work.settings,
         params_model=(_count(work.model), _count(compressed)),
         params_layers=(_sum(layers, "params_before"), _sum(layers, "params_after")),
         flops_layers=(_sum(layers, "flops_before"), _sum(layers, "flops_after")),
-        message=message,
+        message=choice.message,
         seconds=dict(work.seconds),
         samples=dict(work.samples),
     )
@@ -264,6 +272,7 @@ def _layer_result(work: Workspace, layer: LayerStatistics, ranks: dict[str, int]
             allowed=curve.allowed.tolist(),
             singular_values=curve.spectrum.tolist(),
             probes=[(p.ranks[candidate.name], p.predicted, p.measured, p.standard_error) for p in curve.probes],
+            probed_with=[name for probe in curve.probes[:1] for name in probe.ranks if name != candidate.name],
         ),
     )
 

@@ -72,7 +72,9 @@ class LayerCurve:
         perturbation: norm of the perturbation over norm of the weight, both in the metric.
         allowed: whether the rank lies inside the perturbation range.
         singular_values: of the weight in the metric, largest first, per group averaged in square.
-        probes: measured points ``(rank, predicted change, measured change, its standard error)``.
+        probes: measured truncations ``(rank, predicted change, measured change, its standard error)``.
+        probed_with: names of the other layers that were truncated together with this one, whose changes the probes
+            then hold as well; empty if it was truncated alone.
     """
 
     ranks: list[int]
@@ -84,6 +86,7 @@ class LayerCurve:
     allowed: list[bool]
     singular_values: list[float]
     probes: list[tuple[int, float, float, float]] = field(default_factory=list)
+    probed_with: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
