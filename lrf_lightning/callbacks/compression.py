@@ -31,6 +31,7 @@ from lrf_lightning.distributed import current_processes
 from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.report import print_report
+from lrf_lightning.run_folder import run_folder
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.settings import Cost, GammaKind, Metric, Objective, PaperVariant, Prediction, Settings
 from lrf_lightning.step_loss import Score, StepLoss
@@ -70,7 +71,8 @@ class LowRankCompression(Callback):
             takes the method ``calibration_dataloader``, or else a part of the validation data.
         selection: likewise, for the choice among candidates.
         verification: likewise, for the verdict.
-        dirpath: folder for the compressed model, figures and tables; None is ``compressed`` in the log folder.
+        dirpath: folder for the compressed model, figures and tables; None is ``compressed`` in the run's own folder
+            of the first logger.
         weights: ``last``, the weights at the end of the fit, or ``best``, those of the best checkpoint.
         in_place: whether the layers of the live module are replaced as well.
         save: whether the compressed model is written, as a folder for ``load_compressed`` and as a checkpoint for
@@ -343,4 +345,4 @@ class LowRankCompression(Callback):
         return self.dirpath is not None or not getattr(trainer, "fast_dev_run", False)
 
     def _directory(self, trainer: Trainer) -> Path:
-        return self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "compressed"
+        return self.dirpath or run_folder(trainer) / "compressed"
