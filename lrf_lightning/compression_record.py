@@ -42,7 +42,7 @@ def describe(solution: Solution) -> dict[str, Any]:
     plain = {
         field.name: _plain(getattr(solution, field.name))
         for field in dataclasses.fields(solution)
-        if field.name not in ("model", "ranks", "layers")
+        if field.name not in ("model", "ranks", "layers", "changes")
     }
     factorized = _factorized(solution.model)
     return {

@@ -27,7 +27,7 @@ from lrf_lightning.solver.result import LayerCurve, LayerResult, Solution
 
 __all__ = ["curves_figures", "spectra_figures"]
 
-PANEL_COLUMNS, PANEL_ROWS = 4, 6
+PANEL_COLUMNS, PANEL_ROWS = 4, 4
 
 
 def spectra_figures(result: Solution) -> list[Figure]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import matplotlib.style
@@ -23,6 +23,7 @@ from lrf_lightning.solver.result import LayerCurve, LayerResult, Solution
 __all__ = [
     "all_finite",
     "finite",
+    "in_columns",
     "largest_layers",
     "loss_margin",
     "plain",
@@ -32,12 +33,15 @@ __all__ = [
     "to_png",
 ]
 
+T = TypeVar("T")
+
 BLUE, ORANGE, GREEN, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#707070"
 DOTS_PER_INCH = 110
 # a page of panels takes about a second to draw, and the tables hold all layers
 MOST_LAYERS = 72
+# W&B shows a picture as large as the screen at most, where more rows than this could not be read
+MOST_ROWS = 30
 LONGEST_NAME = 30
-DOTS_PER_INCH = 110
 
 STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -95,6 +99,13 @@ def largest_layers(result: Solution) -> list[tuple[LayerResult, LayerCurve]]:
     sizes = sorted((layer.params_before for layer, _ in layers), reverse=True)
     least = sizes[MOST_LAYERS - 1] if len(sizes) > MOST_LAYERS else 0
     return [pair for pair in layers if pair[0].params_before >= least][:MOST_LAYERS]
+
+
+def in_columns(items: Sequence[T]) -> list[Sequence[T]]:
+    """Cut into as few columns of about the same length as can be read beside each other."""
+    columns = max(1, math.ceil(len(items) / MOST_ROWS))
+    rows = math.ceil(len(items) / columns)
+    return [items[start : start + rows] for start in range(0, len(items), rows)]
 
 
 def short_name(layer: LayerResult) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a result: frontier, layers, ranks, predicted against measured, spectra and predicted curves.
+"""Pictures of a result: frontier, layers, ranks, predicted against measured, spectra, predicted curves and changes.
 
 Every entry of ``PICTURES`` draws a list of figures, which is empty where there is nothing to draw.
 """
@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
+from lrf_lightning.change_plots import changes_figures
 from lrf_lightning.layer_plots import curves_figures, spectra_figures
 from lrf_lightning.plot_style import (
     BLUE,
@@ -21,6 +25,7 @@ from lrf_lightning.plot_style import (
     SKY,
     all_finite,
     finite,
+    in_columns,
     largest_layers,
     loss_margin,
     plain,
@@ -29,7 +34,7 @@ from lrf_lightning.plot_style import (
     symmetric_log,
     to_png,
 )
-from lrf_lightning.solver.result import Solution
+from lrf_lightning.solver.result import LayerResult, Solution
 from lrf_lightning.tables import Row, frontier_rows, probe_rows
 from lrf_lightning.verdict import score_name
 
@@ -115,25 +120,33 @@ def layers_figures(result: Solution) -> list[Figure]:
     if not layers:
         return []
     every = sum(layer.curve is not None for layer in result.layers)
+    columns = in_columns(layers)
     with style():
-        figure = Figure(figsize=(8, 1.4 + 0.2 * len(layers)), layout="constrained")
-        ax = figure.subplots()
-        places = range(len(layers))
-        ax.barh(places, [layer.params_before for layer in layers], color=SKY, alpha=0.5, label="before")
-        ax.barh(places, [layer.params_after for layer in layers], height=0.45, color=BLUE, label="after")
-        for place, layer in zip(places, layers, strict=True):
-            text = "dense" if layer.rank is None else f"rank {layer.rank}/{layer.full_rank}"
-            ax.annotate(text, (layer.params_before, place), (4, 0), textcoords="offset points", va="center", size=7)
-        ax.set_yticks(places, [short_name(layer) for layer in layers], size=7)
-        ax.set_ylim(len(layers) - 0.4, -0.6)
-        ax.grid(visible=False, axis="y")
-        ax.margins(x=0.14)
-        ax.set_xlabel("weight entries of the layer")
-        ax.xaxis.set_major_formatter(_thousands)
+        figure = Figure(figsize=(8 if len(columns) == 1 else 6.2 * len(columns), 1.4 + 0.2 * len(columns[0])))
+        figure.set_layout_engine("constrained")
+        axes = figure.subplots(1, len(columns), sharex=True, squeeze=False)[0]
+        for ax, column in zip(axes, columns, strict=True):
+            _draw_layers(ax, column, len(columns[0]))
         fewer = f", the {len(layers)} largest of {every}" if len(layers) < every else ""
-        ax.set_title(f"Factorizable layers{fewer}", loc="left")
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+        axes[0].set_title(f"Factorizable layers{fewer}", loc="left")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     return [figure]
+
+
+def _draw_layers(ax: Axes, layers: Sequence[LayerResult], rows: int) -> None:
+    places = range(len(layers))
+    ax.barh(places, [layer.params_before for layer in layers], color=SKY, alpha=0.5, label="before")
+    ax.barh(places, [layer.params_after for layer in layers], height=0.45, color=BLUE, label="after")
+    for place, layer in zip(places, layers, strict=True):
+        text = "dense" if layer.rank is None else f"rank {layer.rank}/{layer.full_rank}"
+        ax.annotate(text, (layer.params_before, place), (4, 0), textcoords="offset points", va="center", size=7)
+    ax.set_yticks(places, [short_name(layer) for layer in layers], size=7)
+    ax.set_ylim(rows - 0.4, -0.6)
+    ax.grid(visible=False, axis="y")
+    ax.margins(x=0.18)
+    ax.set_xlabel("weight entries of the layer")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(_thousands)
 
 
 def ranks_figures(result: Solution) -> list[Figure]:
@@ -142,28 +155,37 @@ def ranks_figures(result: Solution) -> list[Figure]:
     points = [row for row in frontier_rows(result) if row["params_model_kept"] is not None][1:]
     if not layers or not points or len(points) != len(result.frontier):
         return []
+    columns = in_columns(layers)
+    width = max(len(columns) * (2 + 0.45 * len(points)) + 1, 5.6)
+    with style():
+        figure = Figure(figsize=(width, max(1.6 + 0.2 * len(columns[0]), 3.0)), layout="constrained")
+        axes = figure.subplots(1, len(columns), squeeze=False)[0]
+        for ax, column in zip(axes, columns, strict=True):
+            image = _draw_ranks(ax, result, column, points, len(columns[0]))
+        figure.suptitle("Ranks on the frontier (framed: chosen; 100: dense)", size=9)
+        figure.supxlabel("parameters kept, % of the whole model", size=9)
+        figure.colorbar(image, ax=axes, label="rank, % of full rank", aspect=30)
+    return [figure]
+
+
+def _draw_ranks(
+    ax: Axes, result: Solution, layers: Sequence[LayerResult], points: Sequence[Row], rows: int
+) -> AxesImage:
     values = [
         [100 * point.ranks.get(layer.name, layer.full_rank) / layer.full_rank for point in result.frontier]
         for layer in layers
     ]
-    with style():
-        figure = Figure(
-            figsize=(max(3 + 0.55 * len(points), 5.0), max(1.6 + 0.2 * len(layers), 3.0)), layout="constrained"
-        )
-        ax = figure.subplots()
-        image = ax.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
-        ax.set_yticks(range(len(layers)), [short_name(layer) for layer in layers], size=7)
-        labels = [f"{100 * row['params_model_kept']:.1f}" for row in points]
-        ax.set_xticks(range(len(points)), labels, rotation=45 if len(points) > 10 else 0, size=8)
-        for place, row in enumerate(points):
-            if row["chosen"]:
-                ax.axvline(place - 0.5, color=RED, linewidth=2)
-                ax.axvline(place + 0.5, color=RED, linewidth=2)
-        ax.grid(visible=False)
-        ax.set_xlabel("parameters kept, % of the whole model")
-        ax.set_title("Ranks on the frontier (framed: chosen; 100: dense)", loc="left")
-        figure.colorbar(image, ax=ax, label="rank, % of full rank")
-    return [figure]
+    image = ax.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
+    ax.set_ylim(rows - 0.5, -0.5)
+    ax.set_yticks(range(len(layers)), [short_name(layer) for layer in layers], size=7)
+    labels = [f"{100 * row['params_model_kept']:.1f}" for row in points]
+    ax.set_xticks(range(len(points)), labels, rotation=90 if len(points) > 6 else 0, size=8)
+    for place, row in enumerate(points):
+        if row["chosen"]:
+            frame = (place - 0.5, -0.5), 1, len(layers)
+            ax.add_patch(Rectangle(*frame, fill=False, edgecolor=RED, linewidth=2, clip_on=False))
+    ax.grid(visible=False)
+    return image
 
 
 def probes_figures(result: Solution) -> list[Figure]:
@@ -218,4 +240,5 @@ PICTURES: dict[str, Callable[[Solution], list[Figure]]] = {
     "predicted_vs_measured": probes_figures,
     "spectra": spectra_figures,
     "curves": curves_figures,
+    "changes": changes_figures,
 }

@@ -15,7 +15,17 @@ from typing import Any
 
 from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, Solution
 
-__all__ = ["Row", "curve_rows", "frontier_rows", "layer_rows", "probe_rows", "rank_rows", "share", "write_csv"]
+__all__ = [
+    "Row",
+    "change_rows",
+    "curve_rows",
+    "frontier_rows",
+    "layer_rows",
+    "probe_rows",
+    "rank_rows",
+    "share",
+    "write_csv",
+]
 
 Row = dict[str, Any]
 
@@ -159,6 +169,23 @@ def probe_rows(result: Solution) -> list[Row]:
                 }
             )
     return rows
+
+
+def change_rows(result: Solution) -> list[Row]:
+    """One row per verification sample on which the models disagree, the largest change of the loss first."""
+    return [
+        {
+            "sample": change.sample,
+            "target": change.target,
+            "predicted_before": change.predicted_before,
+            "predicted_after": change.predicted_after,
+            "score_before": change.score_before,
+            "score_after": change.score_after,
+            "loss_before": change.loss_before,
+            "loss_after": change.loss_after,
+        }
+        for change in result.changes
+    ]
 
 
 def share(part: float, whole: float) -> float | None:

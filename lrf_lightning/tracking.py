@@ -5,8 +5,9 @@
 W&B                          see :mod:`lrf_lightning.wandb_run`
 any other logger             the same figures through ``log_metrics``
 folder                       ``summary.csv``, ``layers.csv``, ``frontier.csv``, ``ranks.csv``, ``curves.csv``,
-                             ``probes.csv``, and ``frontier.png``, ``layers.png``, ``ranks.png``,
-                             ``predicted_vs_measured.png``, ``spectra.png``, ``curves.png`` (or ``spectra_1.png``, ...)
+                             ``probes.csv``, ``changes.csv``, and ``frontier.png``, ``layers.png``, ``ranks.png``,
+                             ``predicted_vs_measured.png``, ``spectra.png``, ``curves.png`` (or ``spectra_1.png``, ...),
+                             ``changes.png``, ``changed_samples.png``
 ===========================  ===========================================================================================
 
 Only rank zero writes. Whatever cannot be written, because a disk is full, a folder is gone or a connection is lost, is
@@ -23,12 +24,13 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
+from torch import Tensor
 
 from lrf_lightning.best_effort import best_effort
 from lrf_lightning.summary import summary
-from lrf_lightning.tables import curve_rows, frontier_rows, layer_rows, probe_rows, rank_rows, write_csv
+from lrf_lightning.tables import change_rows, curve_rows, frontier_rows, layer_rows, probe_rows, rank_rows, write_csv
 from lrf_lightning.verdict import verdict_sentence
-from lrf_lightning.wandb_run import log_to_wandb
+from lrf_lightning.wandb_run import Media, log_to_wandb
 
 if TYPE_CHECKING:
     from lrf_lightning.api import CompressionResult
@@ -37,7 +39,13 @@ __all__ = ["log_solution"]
 
 
 def log_solution(
-    trainer: Trainer, result: CompressionResult, directory: str | Path, *, log_artifact: bool = True
+    trainer: Trainer,
+    result: CompressionResult,
+    directory: str | Path,
+    *,
+    images: Mapping[int, Tensor] | None = None,
+    log_artifact: bool = True,
+    weights: str = "last",
 ) -> None:
     """Log a result everywhere the user looks.
 
@@ -45,19 +53,24 @@ def log_solution(
         trainer: its loggers and its ``callback_metrics`` are used; call this on every rank.
         result: what the solver found.
         directory: folder for tables and pictures, and where the compressed model was saved.
+        images: by the number of the verification sample, of those on which the models disagree; shape (height, width,
+            1 or 3), uint8.
         log_artifact: whether a W&B logger gets the compressed model of that folder as an artifact.
+        weights: which weights were compressed, the ``last`` or those of the ``best`` checkpoint.
     """
+    images = images or {}
     figures = summary(result)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
     if not trainer.is_global_zero:
         return
     directory = Path(directory)
     best_effort("write the tables", lambda: _write_tables(result, figures, directory))
-    pictures = _draw_pictures(result)
+    pictures = _draw_pictures(result, images)
     best_effort("write the pictures", lambda: _write_pictures(pictures, directory))
     for sink in trainer.loggers:
         if isinstance(sink, WandbLogger):
-            log_to_wandb(sink, trainer, result, figures, pictures, directory if log_artifact else None)
+            media = Media(pictures, images)
+            log_to_wandb(sink, trainer, result, figures, media, directory if log_artifact else None, weights=weights)
         else:
             best_effort(f"log to {type(sink).__name__}", partial(_log_metrics, sink, figures, trainer.global_step))
 
@@ -77,15 +90,18 @@ def _write_tables(result: CompressionResult, figures: Mapping[str, float], direc
     write_csv(directory / "ranks.csv", rank_rows(result))
     write_csv(directory / "curves.csv", curve_rows(result))
     write_csv(directory / "probes.csv", probe_rows(result))
+    write_csv(directory / "changes.csv", change_rows(result))
 
 
-def _draw_pictures(result: CompressionResult) -> dict[str, bytes]:
+def _draw_pictures(result: CompressionResult, images: Mapping[int, Tensor]) -> dict[str, bytes]:
     """All pictures as PNG files by name; one that cannot be drawn is missing."""
+    from lrf_lightning.change_plots import draw_samples
     from lrf_lightning.plots import PICTURES, draw
 
     pictures: dict[str, bytes] = {}
     for name in PICTURES:
         best_effort(f"draw {name}", lambda: pictures.update(draw(result, name)))  # noqa: B023 (called at once)
+    best_effort("draw changed samples", lambda: pictures.update(draw_samples(result, images)))
     return pictures
 
 

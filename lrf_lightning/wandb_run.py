@@ -10,17 +10,24 @@ table ``compress/frontier``                 the original and every measured poin
 table ``compress/ranks``                    rank of every layer at every point
 table ``compress/curves``                   per layer and rank: singular value, predicted change of the loss, its parts
 table ``compress/probes``                   predicted against measured change of truncations
+table ``compress/changes``                  verification samples on which the models disagree, with their images
 picture ``compress/pictures/frontier``      loss and score over the parameters kept; likewise ``layers``, ``ranks``,
-                                            ``predicted_vs_measured``, ``spectra`` and ``curves``
+                                            ``predicted_vs_measured``, ``spectra``, ``curves``, ``changes`` (which class
+                                            became which) and ``changed_samples``
+chart ``compress/charts/frontier_loss``     scatter of the measured points with units on its axes, which W&B draws for
+                                            all selected runs together; likewise ``frontier_score`` and
+                                            ``predicted_vs_measured``
 history ``compress/frontier_point/...``     ``loss``, ``loss_change``, ``score``, ``score_change`` over the step metric
-                                            ``params_model_kept`` beside them (share of the whole model), so that the
-                                            frontiers of several runs can be drawn into one chart
+                                            ``params_model_kept`` beside them (share of the whole model): the frontiers
+                                            of several runs as lines in one chart
 artifact ``compressed-<run id>``            type ``model``: the saved model with tables and pictures
+artifact ``dense-<run id>``                 type ``model``: a reference to the checkpoint that was compressed, without a
+                                            copy of it, so that W&B's lineage shows both; ``dense_artifact`` among the
+                                            metadata of the compressed one is its name
 config ``compress``                         the settings
 ==========================================  ============================================================================
 
-The artifact carries the name of the objective as its alias only if the verdict is ``better`` or ``not worse``; else the
-verdict is added, as in ``lossless-inconclusive``. An unchanged model gives no artifact.
+Aliases of the artifact are explained in :mod:`lrf_lightning.wandb_artifacts`. An unchanged model gives none.
 
 Under strategies that fork, W&B loses what a process did not finish: call ``wandb.finish()`` at the end of the worker.
 """
@@ -29,28 +36,52 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
 
 from lrf_lightning.best_effort import best_effort
-from lrf_lightning.summary import HOLDS, PREFIX
-from lrf_lightning.tables import Row, curve_rows, frontier_rows, layer_rows, probe_rows, rank_rows
-from lrf_lightning.verdict import verdict_sentence
+from lrf_lightning.summary import PREFIX
+from lrf_lightning.tables import (
+    Row,
+    change_rows,
+    curve_rows,
+    frontier_rows,
+    layer_rows,
+    probe_rows,
+    rank_rows,
+)
+from lrf_lightning.wandb_artifacts import log_artifacts, settings_text, texts
 
 if TYPE_CHECKING:
     from lrf_lightning.solver.result import Solution
 
-__all__ = ["aliases", "log_to_wandb"]
+__all__ = ["Media", "log_to_wandb"]
 
 # a table is a file that a browser loads: 64 ranks on a logarithmic scale draw any curve
 MOST_RANKS = 64
-ARTIFACT_FILES = ("model.safetensors", "compression.json", "compressed.ckpt")
 FRONTIER_VALUES = ("params_model_kept", "loss", "loss_change", "score", "score_change")
+
+
+KEPT, CHANGE = "parameters kept (% of the whole model)", "change of the {} (compressed - original)"
+
+
+@dataclass(frozen=True)
+class Media:
+    """What can be looked at.
+
+    Attributes:
+        pictures: PNG files by name.
+        images: of verification samples by their number, shape (height, width, 1 or 3), uint8.
+    """
+
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    images: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def log_to_wandb(
@@ -58,8 +89,10 @@ def log_to_wandb(
     trainer: Trainer,
     result: Solution,
     figures: Mapping[str, float],
-    pictures: Mapping[str, bytes],
+    media: Media,
     directory: Path | None,
+    *,
+    weights: str = "last",
 ) -> None:
     """Log everything in this module's table; call it on rank zero only. What fails is a warning.
 
@@ -68,29 +101,23 @@ def log_to_wandb(
         trainer: for the step and the checkpoint of the original.
         result: what the solver found.
         figures: of :func:`lrf_lightning.summary.summary`.
-        pictures: PNG files by name.
+        media: pictures of the result, and images of samples.
         directory: folder with the saved model, None for no artifact.
+        weights: which weights were compressed, the ``last`` or those of the ``best`` checkpoint.
     """
     step = {"trainer/global_step": trainer.global_step}
     best_effort("log tables to W&B", lambda: sink.experiment.log({**_tables(result), **step}))
+    best_effort("log changed samples to W&B", lambda: sink.experiment.log({**_changes(result, media.images), **step}))
+    best_effort("log charts to W&B", lambda: sink.experiment.log({**_charts(result), **step}))
     best_effort("log the frontier to W&B", lambda: _log_frontier(sink.experiment, result))
-    best_effort("log pictures to W&B", lambda: sink.experiment.log({**_images(pictures), **step}))
+    best_effort("log pictures to W&B", lambda: sink.experiment.log({**_images(media.pictures), **step}))
     best_effort("log settings to W&B", lambda: _log_settings(sink.experiment, result))
-    best_effort("log the summary to W&B", lambda: sink.experiment.summary.update({**figures, **_texts(result)}))
+    best_effort("log the summary to W&B", lambda: sink.experiment.summary.update({**figures, **texts(result)}))
     if directory is not None and result.ranks:
         best_effort(
             "log the compressed model to W&B",
-            lambda: _log_artifact(sink.experiment, trainer, result, figures, directory),
+            lambda: log_artifacts(sink.experiment, trainer, result, figures, directory, weights),
         )
-
-
-def aliases(result: Solution) -> list[str]:
-    """Aliases of the artifact: the objective, with the verdict unless that is favourable."""
-    objective, certificate = result.settings.objective, result.certificate
-    if certificate is not None and certificate.verdict in HOLDS:
-        return [objective]
-    verdict = "unverified" if certificate is None else certificate.verdict
-    return [f"{objective}-{verdict.replace(' ', '-')}"]
 
 
 def _tables(result: Solution) -> dict[str, Any]:
@@ -108,6 +135,41 @@ def _table(rows: list[Row]) -> Any:
     import wandb
 
     return wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+
+
+def _changes(result: Solution, images: Mapping[int, Tensor]) -> dict[str, Any]:
+    """The table of samples that changed, with an image in front where there is one."""
+    import wandb
+
+    rows = change_rows(result)
+    if images:
+        pictures = {sample: wandb.Image(image.numpy()) for sample, image in images.items()}
+        rows = [{"image": pictures.get(row["sample"]), **row} for row in rows]
+    return {f"{PREFIX}changes": _table(rows)} if rows else {}
+
+
+def _charts(result: Solution) -> dict[str, Any]:
+    """Charts of W&B's own, whose axes are named by columns of their tables."""
+    frontier = [row for row in frontier_rows(result) if row["params_model_kept"] is not None]
+    charts: dict[str, Any] = {}
+    for name in ("loss", "score"):
+        points = [(100 * row["params_model_kept"], row[f"{name}_change"]) for row in frontier]
+        title = f"Change of the {name} over the parameters kept, selection split"
+        charts |= _scatter(f"frontier_{name}", points, KEPT, CHANGE.format(name), title)
+    pairs = [(row["predicted_change"], row["measured_change"]) for row in probe_rows(result)]
+    pairs += [(point.predicted, point.loss_change) for point in result.frontier]
+    columns = "predicted change of the loss", "measured change of the loss"
+    return charts | _scatter("predicted_vs_measured", pairs, *columns, "Predicted against measured change of the loss")
+
+
+def _scatter(name: str, points: list[tuple[float, float]], x: str, y: str, title: str) -> dict[str, Any]:
+    import wandb
+
+    data = [list(point) for point in points if point[1] is not None]
+    if not data:
+        return {}
+    chart = wandb.plot.scatter(wandb.Table(columns=[x, y], data=data), x, y, title=title)
+    return {f"{PREFIX}charts/{name}": chart}
 
 
 def _log_frontier(run: Any, result: Solution) -> None:
@@ -130,52 +192,4 @@ def _images(pictures: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _log_settings(run: Any, result: Solution) -> None:
-    run.config.update({"compress": json.loads(_settings_text(result))}, allow_val_change=True)
-
-
-def _settings_text(result: Solution) -> str:
-    """The settings as JSON; what has no JSON form, such as a function, as its description."""
-    return json.dumps(asdict(result.settings), default=str)
-
-
-def _texts(result: Solution) -> dict[str, str]:
-    certificate = result.certificate
-    return {
-        f"{PREFIX}verdict": "none" if certificate is None else certificate.verdict,
-        f"{PREFIX}verdict_sentence": verdict_sentence(result),
-        f"{PREFIX}objective": result.settings.objective,
-    }
-
-
-def _log_artifact(run: Any, trainer: Trainer, result: Solution, figures: Mapping[str, float], directory: Path) -> None:
-    """Hand over the files of the model with the tables and pictures beside it; W&B copies them."""
-    import wandb
-
-    if not (directory / ARTIFACT_FILES[0]).is_file():
-        return
-    artifact = wandb.Artifact(
-        f"compressed-{run.id}",
-        type="model",
-        description=verdict_sentence(result),
-        metadata=_metadata(trainer, result, figures),
-    )
-    # the folder may be one of the user's with other files in it
-    for name in ARTIFACT_FILES:
-        if (directory / name).is_file():
-            artifact.add_file(str(directory / name), name=name)
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".csv", ".png"):
-            artifact.add_file(str(path), name=path.name)
-    run.log_artifact(artifact, aliases=["latest", *aliases(result)])
-
-
-def _metadata(trainer: Trainer, result: Solution, figures: Mapping[str, float]) -> dict[str, Any]:
-    """Flat, because W&B takes 100 keys at most; the map of ranks is one of them."""
-    checkpoint = trainer.checkpoint_callback
-    return {
-        **{name.removeprefix(PREFIX): value for name, value in figures.items()},
-        **{name.removeprefix(PREFIX): text for name, text in _texts(result).items()},
-        "ranks": json.dumps(result.ranks),
-        "settings": _settings_text(result),
-        "dense_checkpoint": getattr(checkpoint, "best_model_path", "") or "",
-    }
+    run.config.update({"compress": json.loads(settings_text(result))}, allow_val_change=True)

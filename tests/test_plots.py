@@ -5,9 +5,11 @@ import struct
 
 import matplotlib
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tiny_result import frontier_result, tiny_result, with_certificate, with_layers
 
+from lrf_lightning.change_plots import changes_figures, draw_samples, samples_figure
 from lrf_lightning.layer_plots import curves_figures, spectra_figures
 from lrf_lightning.plot_style import largest_layers
 from lrf_lightning.plots import PICTURES, draw, frontier_figures, layers_figures, probes_figures, ranks_figures
@@ -36,7 +38,7 @@ def assert_readable(figure):
 def labels(figure):
     for ax in figure.axes:
         yield from (ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label)
-        for axis in (ax.xaxis, ax.yaxis):
+        for axis in (ax.xaxis, ax.yaxis) if ax.axison else ():
             low, high = sorted(axis.get_view_interval())
             for tick in axis.get_major_ticks():
                 if low <= tick.get_loc() <= high:
@@ -57,6 +59,15 @@ def test_every_picture_is_a_png_of_readable_size(picture):
 def test_texts_do_not_overlap_with_many_layers(draw_figures, count):
     result = tiny_result() if count == 3 else with_layers(frontier_result(), count)
     assert_readable(draw_figures(result)[0])
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_sixty_layers_fit_on_a_screen(picture):
+    """W&B enlarges a picture to the size of the screen and no further: what is taller is shown smaller."""
+    for page in draw(with_layers(frontier_result(), 60), picture).values():
+        width, height = size_of_png(page)
+        assert width <= 1800
+        assert height <= 1000
 
 
 def test_texts_of_the_other_pictures_do_not_overlap():
@@ -102,6 +113,56 @@ def test_the_layers_picture_holds_all_entries():
     usable = [layer for layer in result.layers if layer.curve is not None]
     assert [bar.get_width() for bar in before] == [layer.params_before for layer in usable]
     assert [bar.get_width() for bar in after] == [layer.params_after for layer in usable]
+
+
+def test_many_layers_stand_in_columns():
+    result = with_layers(tiny_result(), 50)
+    (figure,) = layers_figures(result)
+    widths = [bar.get_width() for ax in figure.axes for bar in ax.containers[0]]
+    assert widths == [layer.params_before for layer, _ in largest_layers(result)]
+    assert [len(ax.containers[0]) for ax in figure.axes] == [25, 25]
+
+
+def test_changed_predictions_are_counted():
+    result = tiny_result()
+    (figure,) = changes_figures(result)
+    ax = figure.axes[0]
+    classes = [int(label.get_text()) for label in ax.get_yticklabels()]
+    counts = ax.images[0].get_array()
+    for change in result.changes:
+        expected = sum(
+            (other.predicted_before, other.predicted_after) == (change.predicted_before, change.predicted_after)
+            for other in result.changes
+        )
+        place = classes.index(change.predicted_before), classes.index(change.predicted_after)
+        assert counts[place] == expected
+    assert counts.sum() == len(result.changes) > 0
+    assert ax.get_title(loc="left") == f"{len(result.changes)} of 300 predictions changed"
+
+
+def test_of_very_many_classes_those_that_changed_most_are_shown():
+    result = tiny_result()
+    change = result.changes[0]
+    changes = [
+        dataclasses.replace(change, predicted_before=i, predicted_after=i + 1) for i in range(100) for _ in range(2)
+    ]
+    (figure,) = changes_figures(dataclasses.replace(result, changes=changes))
+    assert figure.axes[0].images[0].get_array().shape == (20, 20)
+    assert "of them shown" in figure.axes[0].get_title(loc="left")
+    assert_readable(figure)
+
+
+def test_changed_samples_are_shown_with_their_images():
+    result = tiny_result()
+    samples = [change.sample for change in result.changes]
+    images = {sample: torch.full((8, 8, 1), i, dtype=torch.uint8) for i, sample in enumerate(samples[1:])}
+    figure = samples_figure(result, images)
+    assert [int(ax.images[0].get_array()[0, 0]) for ax in figure.axes] == list(range(len(images)))
+    first = result.changes[1]
+    title = f"{first.predicted_before}→{first.predicted_after}\nright: {first.target}"
+    assert figure.axes[0].get_title() == title
+    assert_readable(figure)
+    assert draw_samples(result, {}) == {}
 
 
 def test_only_the_largest_of_very_many_layers_are_drawn():
@@ -150,8 +211,8 @@ def test_what_is_not_finite_is_left_out():
 
 
 def test_without_layers_frontier_or_certificate_nothing_fails():
-    empty = dataclasses.replace(tiny_result(), ranks={}, layers=[], frontier=[])
-    assert [PICTURES[picture](empty) for picture in PICTURES] == [[]] * 6
+    empty = dataclasses.replace(tiny_result(), ranks={}, layers=[], frontier=[], changes=[])
+    assert [PICTURES[picture](empty) for picture in PICTURES] == [[]] * 7
     result = dataclasses.replace(tiny_result(), certificate=None)
     assert all(draw(result, picture) for picture in PICTURES)
     scoreless = with_certificate(frontier_result(), score_change=None)

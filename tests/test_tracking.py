@@ -11,8 +11,10 @@ from lrf_lightning import plots
 from lrf_lightning.summary import summary
 from lrf_lightning.tracking import log_solution
 
-TABLES = {"summary.csv", "layers.csv", "frontier.csv", "ranks.csv", "curves.csv", "probes.csv"}
-PICTURES = {f"{n}.png" for n in ("frontier", "layers", "ranks", "predicted_vs_measured", "spectra", "curves")}
+TABLES = {"summary.csv", "layers.csv", "frontier.csv", "ranks.csv", "curves.csv", "probes.csv", "changes.csv"}
+PICTURES = {
+    f"{n}.png" for n in ("frontier", "layers", "ranks", "predicted_vs_measured", "spectra", "curves", "changes")
+}
 
 
 @pytest.fixture
@@ -42,6 +44,13 @@ def test_every_figure_reaches_callback_metrics_and_the_logger_and_the_folder(tmp
         read = {line["name"]: line["value"] for line in csv.DictReader(file)}
     assert float(read["compress/params_model_kept"]) == figures["compress/params_model_kept"]
     assert read["compress/verdict_sentence"].startswith("Worse: ")
+
+
+def test_images_of_changed_samples_are_drawn(tmp_path, one_picture):
+    result = tiny_result()
+    images = {result.changes[0].sample: torch.zeros(8, 8, 3, dtype=torch.uint8)}
+    log_solution(trainer_with(), result, tmp_path, images=images)
+    assert (tmp_path / "changed_samples.png").is_file()
 
 
 def test_without_loggers_the_folder_is_written(tmp_path, one_picture):
@@ -98,6 +107,6 @@ def test_nothing_but_wandb_needs_wandb(tmp_path, monkeypatch, one_picture):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_artifact_is_logged_only_if_wanted(tmp_path, monkeypatch, wanted, one_picture):
     folders = []
-    monkeypatch.setattr("lrf_lightning.tracking.log_to_wandb", lambda *arguments: folders.append(arguments[-1]))
+    monkeypatch.setattr("lrf_lightning.tracking.log_to_wandb", lambda *arguments, **_: folders.append(arguments[-1]))
     log_solution(trainer_with(WandbLogger(offline=True)), tiny_result(), tmp_path / "out", log_artifact=wanted)
     assert folders == [tmp_path / "out" if wanted else None]

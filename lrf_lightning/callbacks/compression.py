@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lrf_lightning.api import compress
 from lrf_lightning.batches import dealt
@@ -32,6 +32,7 @@ from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.report import print_report
 from lrf_lightning.run_folder import run_folder
+from lrf_lightning.sample_images import find_images
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.settings import Cost, GammaKind, Metric, Objective, PaperVariant, Prediction, Settings
 from lrf_lightning.step_loss import Score, StepLoss
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["LowRankCompression"]
 
 logger = logging.getLogger(__name__)
+
+MOST_IMAGES = 64  # of samples on which the models disagree
 
 
 class LowRankCompression(Callback):
@@ -227,7 +230,7 @@ class LowRankCompression(Callback):
         if isinstance(bar, RichProgressBar):
             bar.teardown(trainer, pl_module, stage="fit")  # it draws until then, and two cannot draw at a time
         try:
-            self.result = self._solve(trainer, pl_module)
+            self.result, images = self._solve(trainer, pl_module)
         # Lightning ends the process on a KeyboardInterrupt, and with it a model that may not have been saved
         except (Exception, KeyboardInterrupt) as error:
             if self.strict:
@@ -237,7 +240,7 @@ class LowRankCompression(Callback):
         trainer.callback_metrics["compress/failed"] = torch.tensor(0.0)
         folder = nullcontext(self._directory(trainer)) if self._keeps_files(trainer) else TemporaryDirectory()
         with folder as directory:
-            self._publish(trainer, pl_module, self.result, Path(directory))
+            self._publish(trainer, pl_module, self.result, images, Path(directory))
 
     def compress_now(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
         """Compress a module that is trained already, without a fit.
@@ -261,7 +264,8 @@ class LowRankCompression(Callback):
         assert self.result is not None  # whatever fails is raised
         return self.result
 
-    def _solve(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
+    def _solve(self, trainer: Trainer, pl_module: LightningModule) -> tuple[CompressionResult, dict[int, Tensor]]:
+        """The result, and the images of the verification samples on which the models disagree."""
         device = trainer.strategy.root_device
         bars = trainer.is_global_zero and trainer.progress_bar_callback is not None
         processes, seed = current_processes(device), self.settings.seed
@@ -286,7 +290,8 @@ class LowRankCompression(Callback):
                 **{f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)},
             )
             result.model.to(pl_module.device)
-        return result
+            images = find_images(batches[-1], [change.sample for change in result.changes[:MOST_IMAGES]], processes)
+        return result, images
 
     def _replace_layers(self, pl_module: LightningModule, result: CompressionResult, device: torch.device) -> None:
         """Give the live module structure and weights of the result, wholly or not at all, on all processes or none.
@@ -302,7 +307,12 @@ class LowRankCompression(Callback):
             raise
 
     def _publish(
-        self, trainer: Trainer, pl_module: LightningModule, result: CompressionResult, directory: Path
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        result: CompressionResult,
+        images: dict[int, Tensor],
+        directory: Path,
     ) -> None:
         """Report, save and log, each on its own, so that one failure does not cost the others."""
         device = trainer.strategy.root_device
@@ -319,8 +329,17 @@ class LowRankCompression(Callback):
                 "write the Lightning checkpoint",
                 lambda: lightning_checkpoint(trainer, pl_module, result, directory / "compressed.ckpt"),
             )
-        artifact = self.log_artifact and self.save
-        self._attempt("log the results", lambda: log_solution(trainer, result, directory, log_artifact=artifact))
+        self._attempt(
+            "log the results",
+            lambda: log_solution(
+                trainer,
+                result,
+                directory,
+                images=images,
+                log_artifact=self.log_artifact and self.save,
+                weights=self.weights,
+            ),
+        )
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:

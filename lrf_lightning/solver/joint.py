@@ -17,6 +17,7 @@ from torch import nn
 from lrf_lightning.distributed import Processes, current_processes
 from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.certificate import certify, fit_temperature
+from lrf_lightning.solver.changes import changed_samples
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome
 from lrf_lightning.solver.frontier import Frontier, choose_compact, choose_lossless, mark_chosen
 from lrf_lightning.solver.paper import greedy_rank
@@ -241,6 +242,7 @@ def _solution(
         message=choice.message,
         seconds=dict(work.seconds),
         samples=dict(work.samples),
+        changes=changed_samples(before, after),
     )
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "LayerCurve",
     "LayerResult",
     "Measurement",
+    "SampleChange",
     "Solution",
     "Verdict",
 ]
@@ -198,6 +199,31 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class SampleChange:
+    """One sample of the verification split on which the two models disagree.
+
+    Attributes:
+        sample: its number in the order of the split.
+        loss_before: loss of the original.
+        loss_after: loss of the compressed model.
+        score_before: score of the original, None if no score is known.
+        score_after: score of the compressed model.
+        target: the class that is right, None for models that are no classifiers of whole samples.
+        predicted_before: the class that the original predicts.
+        predicted_after: the class that the compressed model predicts.
+    """
+
+    sample: int
+    loss_before: float
+    loss_after: float
+    score_before: float | None = None
+    score_after: float | None = None
+    target: int | None = None
+    predicted_before: int | None = None
+    predicted_after: int | None = None
+
+
+@dataclass(frozen=True)
 class Solution:
     """Everything :func:`lrf_lightning.compress` found.
 
@@ -215,6 +241,8 @@ class Solution:
         message: one sentence on how the choice was made, or why there was none.
         seconds: wall-clock seconds of every stage by name.
         samples: number of samples in every split by name.
+        changes: verification samples whose predicted class or score differs, the largest change of the loss first; up
+            to a few hundred, empty where losses are known per batch only.
     """
 
     model: nn.Module
@@ -230,3 +258,4 @@ class Solution:
     message: str
     seconds: dict[str, float]
     samples: dict[str, int]
+    changes: list[SampleChange] = field(default_factory=list)

@@ -26,7 +26,7 @@ from lrf_lightning.modules import LowRankModule
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch):
     """Drawing takes longer than everything else here, and has its own tests."""
-    monkeypatch.setattr(tracking, "_draw_pictures", lambda result: {})
+    monkeypatch.setattr(tracking, "_draw_pictures", lambda *_: {})
 
 
 def compression(**options):

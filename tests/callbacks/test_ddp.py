@@ -18,7 +18,7 @@ def _without_port():
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch):
     """Drawing takes longer than everything else here, and has its own tests."""
-    monkeypatch.setattr(tracking, "_draw_pictures", lambda result: {})
+    monkeypatch.setattr(tracking, "_draw_pictures", lambda *_: {})
 
 
 class Notes(pl.Callback):
