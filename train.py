@@ -21,6 +21,7 @@ from rich.table import Table
 
 from lrf_lightning import CompressionResult, LowRankCompression
 from lrf_lightning.wandb_account import offline_without_account
+from lrf_lightning.wandb_group import grouped_by_sweep
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -66,7 +67,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """Run one job and return what a sweeper optimises, ``cfg.optimized_metric``."""
     try:
-        metrics, _ = train(cfg)
+        with grouped_by_sweep():
+            metrics, _ = train(cfg)
     finally:
         _finish_wandb()
     _say(f"Everything that was written is in {cfg.paths.output_dir}")

@@ -1,0 +1,49 @@
+import os
+
+import pytest
+import wandb
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import OmegaConf
+
+from lrf_lightning.wandb_group import grouped_by_sweep
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """The job of an application of Hydra."""
+
+    def set_up(mode):
+        cfg = OmegaConf.create({"hydra": {"mode": mode, "sweep": {"dir": "multirun/digits/2030-01-31"}}})
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+
+    return set_up
+
+
+def opened_group(tmp_path):
+    run = WandbLogger(save_dir=tmp_path, offline=True, group=None).experiment
+    wandb.finish()
+    return run.group
+
+
+def test_jobs_of_a_sweep_are_a_group(job, tmp_path):
+    job(RunMode.MULTIRUN)
+    with grouped_by_sweep():
+        assert opened_group(tmp_path) == "digits/2030-01-31"
+    assert "WANDB_RUN_GROUP" not in os.environ
+
+
+def test_the_users_group_is_respected(job, monkeypatch):
+    job(RunMode.MULTIRUN)
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    with grouped_by_sweep():
+        assert os.environ["WANDB_RUN_GROUP"] == "mine"
+    assert os.environ["WANDB_RUN_GROUP"] == "mine"
+
+
+def test_a_single_job_has_no_group(job):
+    for mode in (RunMode.RUN, None):
+        job(mode)
+        with grouped_by_sweep():
+            assert "WANDB_RUN_GROUP" not in os.environ
