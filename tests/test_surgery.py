@@ -227,7 +227,14 @@ class TestFindLayers:
         strides = nn.ModuleList([nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, stride=2)])
         strides[1].weight = strides[0].weight
         assert reasons(strides)["0"] == "its weight is shared with '1', a Conv2d that uses it differently"
-        assert "a Linear that uses it differently" in reasons(LanguageModel())["embedding"]
+
+    def test_an_output_layer_that_shares_the_table_of_an_embedding_goes_with_it(self):
+        candidates, skipped = find_layers(LanguageModel())
+        assert [(c.name, c.twins, c.transposed) for c in candidates] == [
+            ("embedding", ("head",), ("head",)),
+            ("middle", (), ()),
+        ]
+        assert [s.reason for s in skipped] == ["shares the weight of 'embedding' and is factorized with it"]
 
     def test_a_module_that_hangs_in_two_places_is_found_once(self):
         shared = nn.Linear(8, 8)

@@ -109,8 +109,12 @@ def fit_layers(
 
 
 def can_be_fitted(layer: LayerStatistics) -> bool:
-    """Whether a layer is replaced before it runs again, so that its inputs are known when it is solved."""
-    return not layer.repeated and not layer.candidate.twins
+    """Whether a layer is replaced before it runs again, so that its inputs are known when it is solved.
+
+    Nor is there anything to fit where only a diagonal of the inputs is known: the indices that an embedding looks up do
+    not depend on other layers.
+    """
+    return not layer.repeated and not layer.candidate.twins and not layer.inputs.diagonal
 
 
 def compensated_target(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.factorization import Factors
-from lrf_lightning.solver.statistics import LayerStatistics, backward_passes
+from lrf_lightning.solver.statistics import LayerStatistics, Use, backward_passes
 
 __all__ = ["Prediction", "component_derivatives", "predict", "shrink", "tail_derivatives", "tail_moments"]
 
@@ -97,16 +97,18 @@ def component_derivatives(
     }
     pending: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
-    def on_forward(name: str, x: Tensor, output: Tensor, size: int, index: int) -> Callable[[Tensor], None]:
-        reader, (left, right) = layers[name].reader, working[name]
+    def on_forward(use: Use, x: Tensor, output: Tensor, size: int, index: int) -> Callable[[Tensor], None]:
+        reader, (left, right) = use.reader, working[use.name]
+        if use.transposed:
+            left, right = right.transpose(1, 2), left.transpose(1, 2)
         projected = reader.project(x.to(right.dtype), right, size)
-        bias = layers[name].candidate.module._parameters.get("bias")
+        bias = use.modules[0]._parameters.get("bias")
 
         def on_gradient(grad: Tensor) -> None:
             grad = grad.to(left.dtype)
             head = reader.components(projected, grad, left, size)
             total = reader.inner(grad, output, None if bias is None else bias.detach(), size)
-            pending[name].append((head.double().cpu(), total.double().cpu()))
+            pending[use.name].append((head.double().cpu(), total.double().cpu()))
 
         return on_gradient
 

@@ -11,7 +11,8 @@ S^(1/2) T B T' S^(1/2)
     T_k = S^(-1/2) U U' S^(1/2) T
 
 so B is never inverted and may be singular; with n < m the roles of the sides change. Everything is computed in float64
-and in units in which moments and target have size 1, so the scale of the weights does not matter.
+and in units in which moments and target have size 1, so the scale of the weights does not matter. A moment with one
+dimension less is a diagonal: that of a side so large (a vocabulary) that the whole matrix would not fit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "damped", "decomposition_cost", "factorize"]
+__all__ = ["LARGEST_SIDE", "Factors", "damped", "decomposition_cost", "factorize"]
+
+# of a side beyond this only the diagonal of the moment is kept; a whole one takes 2 GiB here
+LARGEST_SIDE = 16384
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class Factors:
 
 def factorize(
     target: Tensor,  # (g, m, n)
-    input_moment: Tensor | None = None,  # (g, n, n)
-    output_moment: Tensor | None = None,  # (g, m, m)
+    input_moment: Tensor | None = None,  # (g, n, n) or (g, n)
+    output_moment: Tensor | None = None,  # (g, m, m) or (g, m)
     *,
     damping: float = 0.0,
     max_rank: int | None = None,
@@ -72,8 +76,8 @@ def factorize(
 
     Args:
         target: matrices to be approximated.
-        input_moment: positive semi-definite, None for the identity.
-        output_moment: positive semi-definite, None for the identity.
+        input_moment: positive semi-definite, or its diagonal, None for the identity.
+        output_moment: positive semi-definite, or its diagonal, None for the identity.
         damping: share of the mean eigenvalue that is added to every eigenvalue of the moments.
         max_rank: number of components to return, all by default.
 
@@ -107,6 +111,9 @@ def factorize(
 def damped(moment: Tensor, damping: float) -> Tensor:
     """The moment in float64 with mean eigenvalue 1, plus ``damping`` on the diagonal; zero becomes the identity."""
     moment = moment.to(torch.float64)
+    if moment.dim() == 2:
+        mean = moment.mean(-1, keepdim=True)
+        return torch.where(mean > 0, moment / torch.where(mean > 0, mean, 1.0) + damping, 1.0)
     moment = (moment + moment.transpose(-1, -2)) / 2
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
@@ -115,21 +122,25 @@ def damped(moment: Tensor, damping: float) -> Tensor:
 
 def _share(moment: Tensor) -> Tensor:
     """Size of every group's moment relative to the largest one, shape (g, 1); ``damped`` takes it out."""
-    trace = moment.to(torch.float64).diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min(0)
+    diagonal = moment if moment.dim() == 2 else moment.diagonal(dim1=-2, dim2=-1)
+    trace = diagonal.to(torch.float64).sum(-1, keepdim=True).clamp_min(0)
     largest = trace.amax()
     return torch.where(largest > 0, trace / torch.where(largest > 0, largest, 1.0), 1.0)
 
 
 def _by_rows(
     target: Tensor,  # (g, m, n) with m <= n
-    inner: Tensor | None,  # (g, n, n)
-    outer: Tensor | None,  # (g, m, m)
+    inner: Tensor | None,  # (g, n, n) or (g, n)
+    outer: Tensor | None,  # (g, m, m) or (g, m)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weighted = target if inner is None else target @ inner
-    gram = weighted @ target.transpose(-1, -2)
+    gram = _times(target, inner) @ target.transpose(-1, -2)
     if outer is None:
         values, vectors = torch.linalg.eigh(gram)
         left, back = vectors, vectors
+    elif outer.dim() == 2:
+        root, inverse = _diagonal_roots(outer)
+        values, vectors = torch.linalg.eigh(root * gram * root.transpose(-1, -2))
+        left, back = inverse * vectors, root * vectors
     else:
         root, inverse = _roots(outer)
         values, vectors = torch.linalg.eigh(root @ gram @ root)
@@ -139,6 +150,12 @@ def _by_rows(
     singular_values = torch.where(values > floor, values, torch.zeros_like(values)).flip(-1).sqrt()
     left, back = left.flip(-1), back.flip(-1)
     return left, back.transpose(-1, -2) @ target, singular_values
+
+
+def _times(target: Tensor, moment: Tensor | None) -> Tensor:
+    if moment is None:
+        return target
+    return target * moment[:, None, :] if moment.dim() == 2 else target @ moment
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,10 +170,19 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     ) @ vectors.transpose(-1, -2)
 
 
+def _diagonal_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Root and pseudo-inverse of the root of a diagonal, each of shape (g, m, 1)."""
+    alive = moment > 0
+    root = moment.clamp_min(0).sqrt()
+    return root[..., None], torch.where(alive, 1 / torch.where(alive, root, 1.0), 0.0)[..., None]
+
+
 def decomposition_cost(groups: int, rows: int, columns: int) -> float:
     """Estimated multiply-adds of :func:`factorize`, for sharing the work out.
 
-    Two eigendecompositions of the smaller side and one of the outer moment, about 9 n^3 each, and the products.
+    Two eigendecompositions of the smaller side, about 9 n^3 each (Golub and Van Loan 2013, section 8.3), and products
+    with the moments of both sides, the larger of which may be a diagonal.
     """
     small, large = min(rows, columns), max(rows, columns)
-    return groups * (9.0 * (small**3 + rows**3) + small * large * (small + large) + 2.0 * rows**2 * columns)
+    moment = large if large <= LARGEST_SIDE else 1
+    return groups * (18.0 * small**3 + float(small) * large * (3 * small + moment))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 __all__ = ["first_tensor", "frozen_parameters", "observe_gradients", "observe_inputs"]
 
 OnGradient = Callable[[Tensor], None]
-OnForward = Callable[[str, Tensor, Tensor], "OnGradient | None"]
-OnInput = Callable[[str, Tensor], None]
-Layers = Mapping[str, "nn.Module | Sequence[nn.Module]"]
+Key = TypeVar("Key")
+OnForward = Callable[[Key, Tensor, Tensor], "OnGradient | None"]
+OnInput = Callable[[Key, Tensor], None]
+Layers = Mapping[Key, "nn.Module | Sequence[nn.Module]"]
 
 
 @contextmanager
-def observe_gradients(layers: Layers, on_forward: OnForward) -> Iterator[None]:
+def observe_gradients(layers: Layers[Key], on_forward: OnForward[Key]) -> Iterator[None]:
     """Call ``on_forward(name, input, output)`` at every call of a layer, and its result with the output's gradient.
 
     Both tensors are detached. What runs downstream gets a copy of the output, so that an in-place activation does not
@@ -37,7 +38,7 @@ def observe_gradients(layers: Layers, on_forward: OnForward) -> Iterator[None]:
         on_forward: observer; the callable it returns, if any, is given the gradient.
     """
 
-    def hook(name: str, first: nn.Module) -> Callable[[nn.Module, Any, Any, Any], Tensor]:
+    def hook(name: Key, first: nn.Module) -> Callable[[nn.Module, Any, Any, Any], Tensor]:
         def observe(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             on_gradient = on_forward(name, first_tensor(name, args, kwargs), _as_if(first, module, output.detach()))
             if on_gradient is None:
@@ -66,7 +67,7 @@ def observe_gradients(layers: Layers, on_forward: OnForward) -> Iterator[None]:
 
 
 @contextmanager
-def observe_inputs(layers: Layers, on_input: OnInput) -> Iterator[None]:
+def observe_inputs(layers: Layers[Key], on_input: OnInput[Key]) -> Iterator[None]:
     """Call ``on_input(name, input)`` before every call of a layer.
 
     Args:
@@ -74,7 +75,7 @@ def observe_inputs(layers: Layers, on_input: OnInput) -> Iterator[None]:
         on_input: observer.
     """
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(name: Key) -> Callable[[nn.Module, Any, Any], None]:
         def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
             on_input(name, first_tensor(name, args, kwargs))
 
@@ -106,12 +107,12 @@ def frozen_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _sequences(layers: Layers) -> Iterator[tuple[str, Sequence[nn.Module]]]:
+def _sequences(layers: Layers[Key]) -> Iterator[tuple[Key, Sequence[nn.Module]]]:
     for name, modules in layers.items():
         yield name, [modules] if isinstance(modules, nn.Module) else modules
 
 
-def first_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_tensor(name: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The layer's input, which some models pass by keyword."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):

@@ -13,15 +13,13 @@ frames, flattened tokens), or the second one is B (time-major sequences).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrf_lightning.surgery import Candidate
 
 __all__ = ["EmbeddingRows", "LinearRows", "RowReader", "UnreadableRowsError", "row_reader"]
-
-# one-hot rows make the input moment a dense matrix of this size squared
-MOST_EMBEDDINGS = 2048
 
 
 class UnreadableRowsError(ValueError):
@@ -46,6 +44,11 @@ class RowReader:
     ) -> Tensor:
         """Input rows, shape (g, B * P, n)."""
         raise NotImplementedError
+
+    def squared_inputs(self, x: Tensor, positions: Tensor | None, batch: int) -> tuple[Tensor, int]:
+        """Sum over the input rows of their squared entries, shape (g, n) in float64, and the number of rows."""
+        rows = self.inputs(x, positions, batch)
+        return rows.double().square().sum(1), rows.shape[1]
 
     def gradients(
         self,
@@ -122,16 +125,13 @@ class EmbeddingRows(LinearRows):
     """Rows of ``nn.Embedding``: the inputs are one-hot, the columns of the matrix are the entries of the table."""
 
     def rows_per_sample(self, x: Tensor, batch: int) -> int:
-        """See :meth:`RowReader.rows_per_sample`.
-
-        Raises:
-            UnreadableRowsError: if the table has too many entries for a dense moment of one-hot rows.
-        """
-        if self.candidate.columns > MOST_EMBEDDINGS:
-            raise UnreadableRowsError(
-                f"has {self.candidate.columns} entries; the solver takes embeddings of at most {MOST_EMBEDDINGS}"
-            )
+        """See :meth:`RowReader.rows_per_sample`."""
         return super().rows_per_sample(x[..., None], batch)
+
+    def squared_inputs(self, x: Tensor, positions: Tensor | None, batch: int) -> tuple[Tensor, int]:
+        """See :meth:`RowReader.squared_inputs`; how often every entry was looked up."""
+        indices = super().inputs(x[..., None], positions, batch).flatten().long()
+        return torch.bincount(indices, minlength=self.candidate.columns).double()[None], len(indices)
 
     def inputs(self, x: Tensor, positions: Tensor | None, batch: int) -> Tensor:
         """See :meth:`RowReader.inputs`; one-hot rows."""

@@ -5,14 +5,15 @@ For a layer with input rows x and output-gradient rows g (gradient of the per-sa
     A = E[x x']   (groups, n, n)        S = E[g g']   (groups, m, m)
 
 over a random subset of the rows (tokens, spatial positions) of every sample. Products are taken in float32 on rows that
-are scaled to size 1, sums in float64.
+are scaled to size 1, sums in float64. Only the diagonal is kept of the inputs of an embedding, which are one-hot, and
+of a side beyond :data:`~lrf_lightning.solver.factorization.LARGEST_SIDE`, such as the vocabulary of a language model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,19 +21,30 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, step, to_device
+from lrf_lightning.solver.factorization import LARGEST_SIDE
 from lrf_lightning.solver.hooks import frozen_parameters, observe_gradients
 from lrf_lightning.solver.rows import RowReader, UnreadableRowsError, row_reader
 from lrf_lightning.surgery import Candidate
 
-__all__ = ["LayerStatistics", "Moment", "RowSampler", "backward_passes", "collect_statistics", "memory_groups"]
+__all__ = [
+    "LayerStatistics",
+    "Moment",
+    "RowSampler",
+    "TiedUse",
+    "Use",
+    "backward_passes",
+    "collect_statistics",
+    "memory_groups",
+]
 
 
 @dataclass
 class Moment:
-    """A running sum of outer products u v', in float64."""
+    """A running sum of outer products u v', or of their diagonals u * v, in float64."""
 
-    total: Tensor | None = None  # (g, a, b)
+    total: Tensor | None = None  # (g, a, b), or (g, a)
     rows: int = 0
+    diagonal: bool = False
 
     def add(
         self,
@@ -40,11 +52,22 @@ class Moment:
         v: Tensor,  # (g, rows, b)
     ) -> None:
         """Add the outer products of matching rows."""
+        if self.diagonal:
+            self.add_sum((u.double() * v.double()).sum(1), u.shape[1])
+            return
         u, v = u.float(), v.float()
         u_scale, v_scale = _scale(u), _scale(v)
         product = ((u / u_scale).transpose(1, 2) @ (v / v_scale)).double() * (u_scale.double() * v_scale.double())
-        self.total = product if self.total is None else self.total + product
-        self.rows += u.shape[1]
+        self.add_sum(product, u.shape[1])
+
+    def add_sum(
+        self,
+        total: Tensor,  # (g, a, b), or (g, a) for a diagonal
+        rows: int,
+    ) -> None:
+        """Add a sum over some rows."""
+        self.total = total if self.total is None else self.total + total
+        self.rows += rows
 
     def merge(self, processes: Processes, device: torch.device) -> None:
         """Add up the sums of all processes; all of them must call it."""
@@ -68,9 +91,26 @@ class Moment:
 
     @property
     def mean(self) -> Tensor:
-        """The mean outer product."""
+        """The mean outer product, or its diagonal."""
         assert self.total is not None
         return self.total / self.rows
+
+
+@dataclass
+class TiedUse:
+    """What one pass says about modules that read a layer's weight transposed, in their own orientation.
+
+    Attributes:
+        reader: how their rows are read.
+        inputs: moment of their input rows, which belong to the output side of the layer.
+        gradients: moment of their output-gradient rows, which belong to the input side of the layer.
+        rows_per_sample: tokens per sample.
+    """
+
+    reader: RowReader
+    inputs: Moment
+    gradients: Moment
+    rows_per_sample: float = 0.0
 
 
 @dataclass
@@ -88,6 +128,8 @@ class LayerStatistics:
         input_bytes: largest size of its input per sample.
         order: place of the layer's first call in the execution order, -1 if it never ran.
         problem: why the layer cannot be used, empty if it can.
+        tied: modules that read the weight transposed, None if there are none; once the pass is over, ``inputs`` and
+            ``gradients`` hold their part.
     """
 
     candidate: Candidate
@@ -100,11 +142,24 @@ class LayerStatistics:
     input_bytes: float = 0.0
     order: int = -1
     problem: str = ""
+    tied: TiedUse | None = None
 
     def flops(self, rank: int | None) -> int:
-        """Multiply-adds per sample at a rank, or of the dense layer for None."""
-        weights = self.candidate.dense_params if rank is None else self.candidate.low_rank_params(rank)
-        return round(weights * self.rows_per_sample)
+        """Multiply-adds per sample at a rank, or of the dense layer for None; a lookup in a dense table costs none."""
+        candidate, looked_up = self.candidate, isinstance(self.candidate.module, nn.Embedding)
+        tied = 0.0 if self.tied is None else self.tied.rows_per_sample
+        products, lookups = (tied, self.rows_per_sample) if looked_up else (self.rows_per_sample, tied)
+        if rank is None:
+            return round(candidate.dense_params * products)
+        entry = candidate.rows if looked_up else candidate.columns
+        return round(candidate.low_rank_params(rank) * products + rank * entry * lookups)
+
+    def use(self, *, transposed: bool) -> LayerStatistics | TiedUse:
+        """The part of the modules that read the weight as the layer does, or transposed."""
+        if not transposed:
+            return self
+        assert self.tied is not None
+        return self.tied
 
 
 class RowSampler:
@@ -115,7 +170,8 @@ class RowSampler:
 
     def positions(self, candidate: Candidate, available: int, batch_index: int, device: torch.device) -> Tensor | None:
         """Indices into the ``available`` rows of a sample, or None for all of them."""
-        wide, narrow = max(candidate.rows, candidate.columns), min(candidate.rows, candidate.columns)
+        sides = [side for side, whole in _sides(candidate) if whole] or [1]
+        wide, narrow = max(sides), min(candidate.rows, candidate.columns)
         # a moment over r rows costs r * wide^2, the layer itself samples * available * wide * narrow: stay near it
         affordable = 1.5 * self.samples * available * narrow / wide
         wanted = max(min(self.rows_per_feature * wide, affordable), 2 * wide)
@@ -155,13 +211,14 @@ def collect_statistics(
     Raises:
         ValueError: if there is no batch, or a loss is not finite.
     """
-    layers = {c.name: LayerStatistics(c, row_reader(c)) for c in candidates}
+    layers = {c.name: _empty(model, c) for c in candidates}
     seen: list[str] = []
     last_batch: dict[str, int] = {}
-    calls: dict[str, float] = dict.fromkeys(layers, 0.0)
+    calls: Calls = {(name, transposed): 0.0 for name in layers for transposed in (False, True)}
 
-    def on_forward(name: str, x: Tensor, output: Tensor, size: int, index: int) -> Callable[[Tensor], None] | None:
-        layer = layers[name]
+    def on_forward(use: Use, x: Tensor, output: Tensor, size: int, index: int) -> Callable[[Tensor], None] | None:
+        name = use.name
+        layer, part = layers[name], layers[name].use(transposed=use.transposed)
         if name not in seen:
             layer.order = len(seen)
             seen.append(name)
@@ -171,18 +228,17 @@ def collect_statistics(
         if layer.problem:
             return None
         try:
-            available = layer.reader.rows_per_sample(x, size)
+            available = part.reader.rows_per_sample(x, size)
             positions = sampler.positions(layer.candidate, available, index, x.device)
-            rows = layer.reader.inputs(x, positions, size)
+            _add_inputs(part, x, positions, size)
         except UnreadableRowsError as error:
             layer.problem = str(error)
             return None
-        calls[name] += available * size
-        layer.inputs.add(rows, rows)
+        calls[name, use.transposed] += available * size
 
         def on_gradient(grad: Tensor) -> None:
-            grad_rows = layer.reader.gradients(grad, positions, size)
-            layer.gradients.add(grad_rows, grad_rows)
+            grad_rows = part.reader.gradients(grad, positions, size)
+            part.gradients.add(grad_rows, grad_rows)
 
         return on_gradient
 
@@ -192,9 +248,42 @@ def collect_statistics(
     if samples == 0:
         raise ValueError("calibration holds no batch; give a loader that yields at least one and can be iterated again")
     for name, layer in layers.items():
-        layer.samples, layer.rows_per_sample = samples, calls[name] / samples
+        layer.samples, layer.rows_per_sample = samples, calls[name, False] / samples
+        if layer.tied is not None:
+            layer.tied.rows_per_sample = calls[name, True] / samples
+            _unite(layer, layer.tied)
         layer.problem = layer.problem or _problem(layer)
     return dict(sorted(layers.items(), key=lambda item: item[1].order))
+
+
+@dataclass(frozen=True)
+class Use:
+    """Modules that share a layer's weight and read it in the same way.
+
+    Attributes:
+        name: name of the layer.
+        transposed: whether they read it transposed.
+        modules: the modules, in the model that is run; the bias of the first stands for all.
+        reader: how their rows are read.
+    """
+
+    name: str
+    transposed: bool
+    modules: tuple[nn.Module, ...]
+    reader: RowReader
+
+
+Calls = dict[tuple[str, bool], float]
+
+
+def _uses(model: nn.Module, layer: LayerStatistics) -> Iterator[Use]:
+    candidate = layer.candidate
+    names = (candidate.name, *candidate.twins)
+    modules = dict(zip(names, candidate.modules_in(model), strict=True))
+    own = tuple(module for name, module in modules.items() if name not in candidate.transposed)
+    yield Use(candidate.name, False, own, layer.reader)
+    if layer.tied is not None:
+        yield Use(candidate.name, True, tuple(modules[name] for name in candidate.transposed), layer.tied.reader)
 
 
 def backward_passes(
@@ -203,7 +292,7 @@ def backward_passes(
     loss: LossFunction,
     batches: Batches,
     device: torch.device,
-    on_forward: Callable[[str, Tensor, Tensor, int, int], Callable[[Tensor], None] | None],
+    on_forward: Callable[[Use, Tensor, Tensor, int, int], Callable[[Tensor], None] | None],
     after_batch: Callable[[int], None],
     processes: Processes = ALONE,
 ) -> int:
@@ -213,14 +302,15 @@ def backward_passes(
     gradients are those of the per-sample losses: a scalar loss is taken for the mean over its batch.
     """
     samples = 0
-    modules = {name: layer.candidate.modules_in(model) for name, layer in layers.items()}
+    uses = {(use.name, use.transposed): use for layer in layers.values() for use in _uses(model, layer)}
+    modules = {key: use.modules for key, use in uses.items()}
     with evaluation_mode(model), frozen_parameters([model]):
         for position, batch in enumerate(batches):
             size, index = batch_size(batch), processes.index(position)
             samples += size
 
-            def observe(name: str, x: Tensor, y: Tensor, size: int = size, index: int = index) -> Any:
-                return on_forward(name, x, y, size, index)
+            def observe(key: tuple[str, bool], x: Tensor, y: Tensor, size: int = size, index: int = index) -> Any:
+                return on_forward(uses[key], x, y, size, index)
 
             with observe_gradients(modules, observe):
                 losses = step(model, loss, to_device(batch, device), size).loss
@@ -241,7 +331,7 @@ def memory_groups(candidates: Iterable[Candidate], limit: float) -> Iterator[lis
     group: list[Candidate] = []
     used = 0.0
     for candidate in candidates:
-        size = 8.0 * candidate.groups * (candidate.rows**2 + candidate.columns**2)
+        size = 8.0 * candidate.groups * sum(side**2 if whole else side for side, whole in _sides(candidate))
         if group and used + size > limit:
             yield group
             group, used = [], 0.0
@@ -251,9 +341,71 @@ def memory_groups(candidates: Iterable[Candidate], limit: float) -> Iterator[lis
         yield group
 
 
+def _sides(candidate: Candidate) -> tuple[tuple[int, bool], tuple[int, bool]]:
+    """Output and input side of a layer, and whether the whole moment is kept or only its diagonal."""
+    embedding = isinstance(candidate.module, nn.Embedding)
+    tables = (not embedding and bool(candidate.transposed), embedding)  # which side counts the entries of a table
+    outputs, inputs = (
+        (side, side <= LARGEST_SIDE and not table)
+        for side, table in zip((candidate.rows, candidate.columns), tables, strict=True)
+    )
+    return outputs, inputs
+
+
+def _empty(model: nn.Module, candidate: Candidate) -> LayerStatistics:
+    (_, whole_outputs), (_, whole_inputs) = _sides(candidate)
+    layer = LayerStatistics(
+        candidate, row_reader(candidate), Moment(diagonal=not whole_inputs), Moment(diagonal=not whole_outputs)
+    )
+    if candidate.transposed:
+        twin = model.get_submodule(candidate.transposed[0])
+        mirrored = replace(candidate, module=twin, rows=candidate.columns, columns=candidate.rows)
+        layer.tied = TiedUse(
+            row_reader(mirrored), Moment(diagonal=not whole_outputs), Moment(diagonal=not whole_inputs)
+        )
+    return layer
+
+
+def _add_inputs(part: LayerStatistics | TiedUse, x: Tensor, positions: Tensor | None, size: int) -> None:
+    if part.inputs.diagonal:
+        part.inputs.add_sum(*part.reader.squared_inputs(x, positions, size))
+    else:
+        rows = part.reader.inputs(x, positions, size)
+        part.inputs.add(rows, rows)
+
+
+def _unite(layer: LayerStatistics, tied: TiedUse) -> None:
+    """Put the moments of both uses of a weight together.
+
+    The curvature is a sum of two Kronecker products; the one product nearest to it in spirit weighs the moments of each
+    side, scaled to trace 1, by the share that their use has in the trace of the whole.
+    """
+    parts = [
+        (layer.inputs, layer.gradients, layer.rows_per_sample),
+        (tied.gradients, tied.inputs, tied.rows_per_sample),
+    ]
+    inputs, gradients = Moment(diagonal=layer.inputs.diagonal), Moment(diagonal=layer.gradients.diagonal)
+    for a, s, rows in parts:
+        if a.total is None or s.total is None:
+            continue
+        traces = _trace(a.mean), _trace(s.mean)
+        share = rows * traces[0] * traces[1]
+        for united, moment, trace in ((inputs, a, traces[0]), (gradients, s, traces[1])):
+            united.add_sum(moment.mean * (share / trace if trace > 0 else 0.0), 0)
+    for united in (inputs, gradients):
+        united.rows = int(united.total is not None)
+    layer.inputs, layer.gradients = inputs, gradients
+    tied.inputs.forget()
+    tied.gradients.forget()
+
+
+def _trace(moment: Tensor) -> float:
+    return float(moment.sum() if moment.dim() == 2 else moment.diagonal(dim1=-2, dim2=-1).sum())
+
+
 def _merge(
     layers: Mapping[str, LayerStatistics],
-    calls: dict[str, float],
+    calls: Calls,
     samples: int,
     processes: Processes,
     device: torch.device,
@@ -262,7 +414,7 @@ def _merge(
     if processes.size == 1:
         return samples
     own = {
-        name: (layer.order, layer.repeated, layer.input_bytes, layer.problem, calls[name], layer.inputs.rows)
+        name: (layer.order, layer.repeated, layer.input_bytes, layer.problem, calls[name, False], calls[name, True])
         for name, layer in layers.items()
     }
     gathered = processes.gather((samples, own))
@@ -274,10 +426,11 @@ def _merge(
         layer.order = order.get(name, -1)
         layer.repeated, layer.input_bytes = any(f[1] for f in facts), max(f[2] for f in facts)
         layer.problem = next((f[3] for f in facts if f[3]), "")
-        calls[name] = sum(f[4] for f in facts)
+        calls[name, False], calls[name, True] = sum(f[4] for f in facts), sum(f[5] for f in facts)
         if layer.problem or layer.order < 0:
             continue
-        for moment in (layer.inputs, layer.gradients):
+        tied = () if layer.tied is None else (layer.tied.inputs, layer.tied.gradients)
+        for moment in (layer.inputs, layer.gradients, *tied):
             moment.merge(processes, device)
     return sum(count for count, _ in gathered)
 

@@ -16,6 +16,7 @@ from lrf_lightning.surgery.kinds import (
     is_quantized,
     kind_objection,
     low_rank_type,
+    reads_transposed,
     same_geometry,
     weight_owners,
 )
@@ -37,6 +38,8 @@ class Candidate:
         rows: output side of one group's matrix.
         columns: input side of one group's matrix, kernel included.
         twins: names of further modules that share the weight; they are factorized with it.
+        transposed: those of the twins that read the weight transposed, as an output layer does with the table of an
+            embedding.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Candidate:
     rows: int
     columns: int
     twins: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
 
     @property
     def full_rank(self) -> int:
@@ -198,7 +202,7 @@ def find_layers(
             reason = f"shares the weight of {first!r} and is factorized with it" if first in candidates else ""
             reason = reason or f"shares the weight of {first!r}, which is left alone"
         if reason is None:
-            candidate = replace(_candidate(site), twins=tuple(name for name, _, _ in twins[1:]))
+            candidate = _with_twins(_candidate(site), twins[1:])
             reason = _size_objection(candidate, min_params)
             if reason is None:
                 candidates[site.name] = candidate
@@ -283,9 +287,14 @@ def _tie_objection(site: _Site, twins: list[Owner], objections: dict[str, str | 
             return f"{shared}, which is not supported"
         if objections[name] is not None:
             return f"{shared}, which is left alone: {objections[name]}"
-        if not same_geometry(site.module, module):
+        if not same_geometry(site.module, module) and not reads_transposed(site.module, module):
             return f"{shared}, a {type(module).__name__} that uses it differently"
     return None
+
+
+def _with_twins(candidate: Candidate, twins: list[Owner]) -> Candidate:
+    transposed = tuple(name for name, _, module in twins if reads_transposed(candidate.module, module))
+    return replace(candidate, twins=tuple(name for name, _, _ in twins), transposed=transposed)
 
 
 def _size_objection(candidate: Candidate, min_params: int) -> str | None:

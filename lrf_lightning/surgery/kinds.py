@@ -22,7 +22,15 @@ from lrf_lightning.modules import (
     LowRankTransposedLinear,
 )
 
-__all__ = ["Owner", "attention_objection", "kind_objection", "low_rank_type", "same_geometry", "weight_owners"]
+__all__ = [
+    "Owner",
+    "attention_objection",
+    "kind_objection",
+    "low_rank_type",
+    "reads_transposed",
+    "same_geometry",
+    "weight_owners",
+]
 
 LOW_RANK_OF: dict[type[nn.Module], type[LowRankModule]] = {
     nn.Linear: LowRankLinear,
@@ -107,6 +115,11 @@ def weight_owners(model: nn.Module) -> dict[int, list[Owner]]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((name, key, module))
     return owners
+
+
+def reads_transposed(first: nn.Module, second: nn.Module) -> bool:
+    """Whether layers that share a weight do so as embedding and output layer: inputs of one, outputs of the other."""
+    return {type(first), type(second)} == {nn.Embedding, nn.Linear}
 
 
 def same_geometry(first: nn.Module, second: nn.Module) -> bool:

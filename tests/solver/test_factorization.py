@@ -56,6 +56,33 @@ def product(factors, rank):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+@pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
+def test_a_diagonal_stands_for_a_diagonal_matrix(shape, damping, sides):
+    weight, moments_ = torch.randn(shape), []
+    for diagonal, size in zip(sides, shape[:0:-1], strict=True):
+        whole = moment(shape[0], size)
+        moments_.append((whole.diagonal(dim1=1, dim2=2), torch.diag_embed(whole.diagonal(dim1=1, dim2=2))))
+        if not diagonal:
+            moments_[-1] = (whole, whole)
+    short = factorize(weight, moments_[0][0], moments_[1][0], damping=damping)
+    full = factorize(weight, moments_[0][1], moments_[1][1], damping=damping)
+    torch.testing.assert_close(short.singular_values, full.singular_values)
+    for rank in range(1, min(shape[1:]) + 1):
+        torch.testing.assert_close(product(short, rank), product(full, rank))
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+def test_entries_that_were_never_seen_are_projected_like_the_others(damping):
+    table, counts = torch.randn(1, 4, 6), torch.tensor([[3.0, 0.0, 1.0, 0.0, 2.0, 5.0]])
+    factors = factorize(table, counts, damping=damping)
+    torch.testing.assert_close(product(factors, 4), table.double())
+    left, _ = factors.truncated(2)
+    basis = torch.linalg.qr(left).Q
+    torch.testing.assert_close(product(factors, 2), basis @ basis.mT @ table.double())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("metric", METRICS)
 def test_truncations_are_those_of_the_dense_decomposition(shape, metric):
     weight = torch.randn(shape, dtype=torch.float64)

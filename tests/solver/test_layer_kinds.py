@@ -11,10 +11,11 @@ from torch.testing import assert_close
 
 from lrf_lightning import compress
 from lrf_lightning.modules import LowRankModule, SplitAttention
+from lrf_lightning.solver import statistics
 from lrf_lightning.solver.curves import component_derivatives
 from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.rows import row_reader
-from lrf_lightning.solver.statistics import LayerStatistics
+from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
 from lrf_lightning.surgery import find_layers, set_structure
 
 CLASSES = 4
@@ -76,6 +77,22 @@ class Recursive(nn.Module):
         return self.head(self.last(self.middle(self.first(x).relu()).relu()).relu())
 
 
+class LanguageModel(nn.Module):
+    """Next-token logits with one table for both ends; ``head_first`` lists the output layer before the embedding."""
+
+    def __init__(self, head_first: bool = False):
+        super().__init__()
+        embedding, head = nn.Embedding(30, 16), nn.Linear(16, 30)
+        head.weight = embedding.weight
+        parts = {"head": head, "embedding": embedding} if head_first else {"embedding": embedding, "head": head}
+        for name, module in parts.items():
+            self.add_module(name, module)
+        self.middle = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.head(self.middle(self.embedding(x)).relu().mean(1))
+
+
 def tokens():
     x = torch.randint(1, 30, (96, 6))
     x[::3, 4:] = 0
@@ -128,6 +145,8 @@ MODELS = {
         lambda: torch.randn(96, 5, 12),
         {f"attention.{part}" for part in SplitAttention.PROJECTIONS},
     ),
+    "tied_table": (LanguageModel, tokens, {"embedding", "middle"}),
+    "tied_table_head_first": (lambda: LanguageModel(head_first=True), tokens, {"head", "middle"}),
     "shared_weight": (Recursive, lambda: torch.randn(96, 16), {"first", "middle"}),
 }
 
@@ -207,6 +226,52 @@ def test_predictions_for_a_shared_weight_count_both_calls():
         changes.append(loss(scaled, batch).detach())
     assert_close(totals, (changes[0] - changes[1]) / (2 * step), rtol=1e-5, atol=1e-8)
     assert_close(heads.sum(1), totals)
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_predictions_for_a_tied_table_count_lookups_and_products(head_first):
+    model = LanguageModel(head_first).double().eval()
+    batch = (tokens()[:8], torch.randint(CLASSES, (8,)))
+    candidate = next(c for c in find_layers(model)[0] if c.twins)
+    assert candidate.transposed == candidate.twins == (("embedding",) if head_first else ("head",))
+    layers = collect_statistics(model, [candidate], loss, [batch], torch.device("cpu"), sampler=RowSampler(10**6, 1, 0))
+    factors = {name: factorize(candidate.matrices()) for name in layers}
+    heads, totals = component_derivatives(model, layers, factors, loss, [batch], torch.device("cpu"))[candidate.name]
+    step, changes = 1e-6, []
+    for sign in (1, -1):
+        scaled = copy.deepcopy(model)
+        with torch.no_grad():
+            scaled.embedding.weight.mul_(1 + sign * step)
+        changes.append(loss(scaled, batch).detach())
+    assert_close(totals, (changes[0] - changes[1]) / (2 * step), rtol=1e-5, atol=1e-8)
+    assert_close(heads.sum(1), totals)
+    layer = layers[candidate.name]
+    assert (layer.inputs.mean.dim(), layer.gradients.mean.dim()) == ((3, 2) if head_first else (2, 3))
+    products, lookups = 1, batch[0].shape[1]
+    assert layer.flops(None) == 30 * 16 * products
+    assert layer.flops(2) == 2 * (30 + 16) * products + 2 * 16 * lookups
+
+
+def test_a_tied_table_stays_tied():
+    _, result, _ = solved(*MODELS["tied_table"][:2], objective="budget", keep=0.6, include=["embedding", "head"])
+    assert set(result.ranks) == {"embedding"}
+    assert result.model.embedding.left_factor is result.model.head.left_factor
+    assert result.model.embedding.right_factor is result.model.head.right_factor
+
+
+def test_only_the_diagonal_is_kept_of_a_side_that_is_too_large(monkeypatch):
+    monkeypatch.setattr(statistics, "LARGEST_SIDE", 20)
+    make, inputs, _ = MODELS["tied_table"]
+    _, result, _ = solved(make, inputs, objective="budget", keep=0.6)
+    assert result.ranks
+    wide = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, CLASSES))
+    candidates, _ = find_layers(wide)
+    batch = (torch.randn(8, 24), torch.randint(CLASSES, (8,)))
+    layers = collect_statistics(wide, candidates, loss, [batch], torch.device("cpu"), sampler=RowSampler(9, 8, 0))
+    assert_close(layers["0"].inputs.mean, batch[0].double().square().mean(0)[None])
+    assert [layer.gradients.mean.dim() for layer in layers.values()] == [3, 2, 3]
+    _, result, _ = solved(lambda: copy.deepcopy(wide), lambda: torch.randn(96, 24), objective="budget", keep=0.6)
+    assert result.ranks
 
 
 def test_without_a_choice_attention_is_put_back():

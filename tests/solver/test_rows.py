@@ -135,7 +135,11 @@ def test_rows_without_samples_are_refused(layer, shape, batch):
         Read(layer, torch.randn(shape)).reader.rows_per_sample(torch.randn(shape), batch)
 
 
-def test_large_tables_are_refused():
-    reader = Read(nn.Embedding(2049, 4), torch.randint(2049, (2, 3))).reader
-    with pytest.raises(UnreadableRowsError, match="has 2049 entries; the solver takes embeddings of at most 2048"):
-        reader.rows_per_sample(torch.zeros(2, 3, dtype=torch.long), 2)
+def test_lookups_are_counted_instead_of_squared():
+    x = torch.tensor([[0, 2, 2], [4, 0, 2]])
+    reader = Read(nn.Embedding(6, 4), x).reader
+    for positions in (None, torch.tensor([0, 2])):
+        total, rows = reader.squared_inputs(x, positions, 2)
+        one_hot = reader.inputs(x, positions, 2)
+        assert_close(total, one_hot.double().square().sum(1))
+        assert rows == one_hot.shape[1]
