@@ -62,12 +62,12 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 4 x 4 pixels, learnt positions, mean over tokens."""
+    """Patches of 7 x 7 pixels, learnt positions, mean over tokens."""
 
     def __init__(self, width: int = 96, depth: int = 6, heads: int = 4) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, width, 4, 4)
-        self.positions = nn.Parameter(torch.randn(49, width) * 0.02)
+        self.patches = nn.Conv2d(1, width, 7, 7)
+        self.positions = nn.Parameter(torch.randn(16, width) * 0.02)
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 

@@ -42,7 +42,7 @@ SCHEDULES = {
     "resnet": Schedule("resnet", 50_000, 3, 0.15, 5e-4, True),
     "resnet-overfitted": Schedule("resnet", 10_000, 9, 2e-3, 0.0, False, adam=True),
     "resnext": Schedule("resnext", 50_000, 2, 0.15, 5e-4, True),
-    "vit": Schedule("vit", 30_000, 3, 1.5e-3, 0.05, True, adam=True),
+    "vit": Schedule("vit", 30_000, 7, 1.5e-3, 0.05, False, adam=True),
 }
 
 
@@ -56,6 +56,7 @@ def trained(name: str, seed: int, data: Split, folder: Path, batch: int = 125) -
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
     _fit(model.train(), schedule, data, torch.Generator().manual_seed(seed), batch)
+    model.to(memory_format=torch.contiguous_format)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path)
     return model.eval()
@@ -63,6 +64,7 @@ def trained(name: str, seed: int, data: Split, folder: Path, batch: int = 125) -
 
 def _fit(model: nn.Module, schedule: Schedule, data: Split, generator: torch.Generator, batch: int) -> None:
     optimizer: torch.optim.Optimizer
+    model.to(memory_format=torch.channels_last)  # a quarter faster for grouped convolutions on a CPU
     if schedule.adam:
         optimizer = torch.optim.AdamW(model.parameters(), schedule.rate, weight_decay=schedule.decay)
     else:
