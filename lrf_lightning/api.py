@@ -20,6 +20,7 @@ from lrf_lightning.solver.joint import solve
 from lrf_lightning.solver.result import Solution
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.workspace import Progress
+from lrf_lightning.surgery import settle
 
 __all__ = ["CompressionResult", "compress"]
 
@@ -38,6 +39,40 @@ class CompressionResult(Solution):
 
         return save_compressed(self, path)
 
+    def at(self, keep: float) -> CompressionResult:
+        """The result for another point of the frontier: its model, ranks, layers and verdict, which can be saved.
+
+        Args:
+            keep: share of the cost that may be kept; the largest point within it is taken.
+
+        Raises:
+            ValueError: if no point is that small, or the models were not kept because the objective is another one.
+        """
+        if self.point_models is None:
+            objective = self.settings.objective
+            raise ValueError(f"objective={objective!r} keeps one model; use objective='frontier' with budgets=[...]")
+        # a budget may be given as it is printed
+        fitting = [point for point in self.frontier if point.keep <= keep + 1e-9]
+        if not fitting:
+            smallest = min((point.keep for point in self.frontier), default=1.0)
+            raise ValueError(f"keep={keep!r} is below {smallest:.4f}, the smallest point; add budgets=[..., {keep}]")
+        point = max(fitting, key=lambda point: point.keep)
+        model = self.point_models.build(point.ranks)
+        settle(model)
+        return dataclasses.replace(
+            self,
+            model=model,
+            ranks=dict(point.ranks),
+            layers=self.point_models.layers(point.ranks),
+            frontier=[dataclasses.replace(other, chosen=other is point) for other in self.frontier],
+            certificate=point.certificate or self.certificate,
+            params_model=(self.params_model[0], point.params_model),
+            params_layers=(self.params_layers[0], point.params_layers),
+            flops_layers=(self.flops_layers[0], point.flops_layers),
+            changes=[],
+            message=f"Taken from the frontier at {point.keep:.4f} of the {self.settings.cost}.",
+        )
+
 
 def compress(
     model: nn.Module,
@@ -48,6 +83,7 @@ def compress(
     *,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    score_name: str = "",
     **settings: Any,
 ) -> CompressionResult:
     """Make a trained model smaller without making it worse, and say how sure that is.
@@ -68,6 +104,7 @@ def compress(
         verification: batches on which the verdict is reached; they take no part in the choice.
         device: where the work is done, by default where the model is.
         progress: called as ``progress(stage, done, total)``; a total of 0 is unknown.
+        score_name: what the score is called in the report, such as ``"accuracy"``.
         **settings: fields of :class:`~lrf_lightning.solver.settings.Settings`.
 
     Returns:
@@ -96,7 +133,8 @@ def compress(
             device=None if device is None else torch.device(device),
             progress=progress,
         )
-    return CompressionResult(**{f.name: getattr(solution, f.name) for f in dataclasses.fields(solution)})
+    found = {f.name: getattr(solution, f.name) for f in dataclasses.fields(solution)}
+    return CompressionResult(**found | {"score_name": score_name})
 
 
 def _checked_settings(settings: dict[str, Any]) -> Settings:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from lrf_lightning import random_state
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.result import LayerCurve, LayerResult, Solution
 
@@ -42,9 +43,10 @@ def describe(solution: Solution) -> dict[str, Any]:
     plain = {
         field.name: _plain(getattr(solution, field.name))
         for field in dataclasses.fields(solution)
-        if field.name not in ("model", "ranks", "layers", "changes")
+        if field.name not in ("model", "ranks", "layers", "changes", "point_models")
     }
-    factorized = _factorized(solution.model)
+    with random_state.preserved():  # dense layers draw weights when they are made
+        factorized = _factorized(solution.model)
     return {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,

@@ -5,7 +5,6 @@ Every entry of ``PICTURES`` draws a list of figures, which is empty where there 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
@@ -15,12 +14,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from lrf_lightning.change_plots import changes_figures
+from lrf_lightning.frontier_plots import frontier_figures
 from lrf_lightning.layer_plots import curves_figures, spectra_figures
 from lrf_lightning.plot_style import (
     BLUE,
-    GREEN,
     GREY,
-    ORANGE,
     RED,
     SKY,
     all_finite,
@@ -28,7 +26,6 @@ from lrf_lightning.plot_style import (
     in_columns,
     largest_layers,
     loss_margin,
-    plain,
     short_name,
     style,
     symmetric_log,
@@ -36,7 +33,6 @@ from lrf_lightning.plot_style import (
 )
 from lrf_lightning.solver.result import LayerResult, Solution
 from lrf_lightning.tables import Row, frontier_rows, probe_rows
-from lrf_lightning.verdict import score_name
 
 __all__ = ["PICTURES", "draw"]
 
@@ -50,68 +46,6 @@ def draw(result: Solution, picture: str) -> dict[str, bytes]:
     """
     pages = [to_png(figure) for figure in PICTURES[picture](result)]
     return {picture if len(pages) == 1 else f"{picture}_{i + 1}": page for i, page in enumerate(pages)}
-
-
-def frontier_figures(result: Solution) -> list[Figure]:
-    """Change of loss and score over the parameters kept, with one standard error and the margins of the verdict."""
-    rows = [row for row in frontier_rows(result) if row["params_model_kept"] is not None]
-    if len(rows) < 2:
-        return []
-    panels = [("loss", loss_margin(result), 1.0)]
-    if any(row["score_change"] is not None for row in rows):
-        panels.append(("score", result.settings.score_margin, -1.0))
-    with style():
-        figure = Figure(figsize=(7.5, 1.2 + 2.6 * len(panels)), layout="constrained")
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for ax, (name, margin, sign) in zip(axes, panels, strict=True):
-            _draw_frontier(ax, rows, name, margin, sign)
-        original = f"original: {result.dense.loss:.4g}"
-        axes[0].set_ylabel(f"change of the loss\n({original})")
-        if len(panels) == 2:
-            axes[1].set_ylabel(f"change of the {plain(score_name(result))}\n(original: {result.dense.score:.4g})")
-        axes[-1].set_xlabel(f"parameters kept, % of the whole model's {result.params_model[0]:,}")
-        axes[0].set_title(f"Measured on {result.dense.samples:,} selection samples", loc="left")
-        # the legend of the first panel serves both, above them, where no point can lie
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    return [figure]
-
-
-def _draw_frontier(ax: Axes, rows: Sequence[Row], name: str, margin: float, sign: float) -> None:
-    shown = [row for row in rows if row[f"{name}_change"] is not None and math.isfinite(row[f"{name}_change"])]
-    x = [100 * row["params_model_kept"] for row in shown]
-    y = [row[f"{name}_change"] for row in shown]
-    errors = [finite(row[f"{name}_change_error"]) for row in shown]
-    ax.axhline(0, color=GREY, linewidth=1)
-    ax.errorbar(
-        x,
-        y,
-        yerr=errors,
-        color=BLUE,
-        marker="o",
-        markersize=4,
-        capsize=2.5,
-        linewidth=1.2,
-        label="measured, std. error",
-    )
-    if margin > 0:
-        ax.axhline(sign * margin, color=GREEN, linestyle="--", linewidth=1, label="margin of the verdict")
-    ax.plot(x[:1], y[:1], marker="D", markersize=6, color=GREY, linestyle="none", label="original")
-    outside = [(a, b) for a, b, row in zip(x, y, shown, strict=True) if not row["within_range"]]
-    if outside:
-        ax.plot(*zip(*outside, strict=True), "x", color=RED, markersize=8, label="outside of the perturbation range")
-    chosen = [(a, b) for a, b, row in zip(x, y, shown, strict=True) if row["chosen"]]
-    if chosen:
-        ax.plot(
-            *zip(*chosen, strict=True),
-            marker="o",
-            markersize=12,
-            markerfacecolor="none",
-            markeredgecolor=ORANGE,
-            markeredgewidth=2.5,
-            linestyle="none",
-            label="chosen",
-        )
-    symmetric_log(ax.yaxis, y, margin)
 
 
 def layers_figures(result: Solution) -> list[Figure]:

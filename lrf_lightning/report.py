@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lrf_lightning.report_budgets import budget_notes, budgets_table
+from lrf_lightning.report_cells import count, decimal_places, loss_places, new_table, optional, percent, unsigned
 from lrf_lightning.solver.result import LayerResult, Solution
 from lrf_lightning.summary import factorized_params
 from lrf_lightning.tables import Row, frontier_rows, share
-from lrf_lightning.verdict import decimals, score_name, signed, temperature_sentence, verdict_sentence
+from lrf_lightning.verdict import score_name, signed, temperature_sentence, verdict_sentence
 
 __all__ = ["print_report"]
 
@@ -28,6 +29,8 @@ MOST_LAYERS, MOST_NAMES = 80, 4
 def print_report(result: Solution, *, console: Console | None = None) -> None:
     """Print one table of the layers, one of the frontier, and the verdict in one sentence.
 
+    A result with many budgets has one table, that of the budgets; ``layers.csv`` has the layers of the chosen model.
+
     Args:
         result: what the solver found.
         console: where to print; standard output by default.
@@ -36,11 +39,16 @@ def print_report(result: Solution, *, console: Console | None = None) -> None:
     settings = result.settings
     console.print()
     console.rule(f"Low-rank compression: objective={settings.objective}, metric={settings.metric}", characters="-")
-    if any(layer.curve is not None for layer in result.layers):
+    budgets = any(point.certificate is not None for point in result.frontier)
+    if not budgets and any(layer.curve is not None for layer in result.layers):
         console.print(_layers_table(result, wide=console.width >= WIDE))
     for line in _left_alone(result):
         _say(console, line)
-    if result.frontier:
+    if budgets:
+        console.print(budgets_table(result, wide=console.width >= WIDE))
+        for line in budget_notes(result):
+            _say(console, line)
+    elif result.frontier:
         console.print(_frontier_table(result, wide=console.width >= WIDE))
         _say(console, _frontier_note(result))
     console.print()
@@ -56,20 +64,15 @@ def _say(console: Console, line: str, style: str = "") -> None:
         console.print(Text(line, style=style))
 
 
-def _table(title: str, *, wide: bool) -> Table:
-    padding = (0, 1 if wide else 0, 0, 0)
-    return Table(title=title, box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, title_justify="left")
-
-
 def _layers_table(result: Solution, *, wide: bool) -> Table:
     layers = [layer for layer in result.layers if layer.curve is not None]
-    table = _table(f"Layers: {len(result.ranks)} of {len(layers)} factorizable ones are factorized", wide=wide)
+    table = new_table(f"Layers: {len(result.ranks)} of {len(layers)} factorizable ones are factorized", wide=wide)
     table.add_column("layer", overflow="fold")
     table.add_column("kind", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     for heading in ("rank", "params\nbefore", "params\nafter", "predicted\nchange", "std.\nerror"):
         table.add_column(heading, justify="right", no_wrap=True)
-    places = _loss_places(result) + 1
+    places = loss_places(result) + 1
     shown = _largest_savings(layers)
     for layer in shown:
         table.add_row(
@@ -77,10 +80,10 @@ def _layers_table(result: Solution, *, wide: bool) -> Table:
             Text(layer.kind),
             "x".join(map(str, layer.shape)),
             f"dense/{layer.full_rank}" if layer.rank is None else f"{layer.rank}/{layer.full_rank}",
-            _count(layer.params_before, wide),
-            _count(layer.params_after, wide),
-            _optional(layer.predicted_change, places),
-            "" if layer.predicted_error is None else _unsigned(layer.predicted_error, places),
+            count(layer.params_before, wide),
+            count(layer.params_after, wide),
+            optional(layer.predicted_change, places),
+            "" if layer.predicted_error is None else unsigned(layer.predicted_error, places),
         )
     if len(shown) < len(layers):
         table.add_row(f"... and {len(layers) - len(shown)} more")
@@ -91,7 +94,7 @@ def _layers_table(result: Solution, *, wide: bool) -> Table:
         ("whole model", result.params_model),
     ):
         fewer = "" if not before else f"{100 * (after / before - 1):+.1f} %"
-        table.add_row(label, "", "", "", _count(before, wide), _count(after, wide), fewer)
+        table.add_row(label, "", "", "", count(before, wide), count(after, wide), fewer)
     return table
 
 
@@ -119,7 +122,7 @@ def _left_alone(result: Solution) -> list[str]:
 
 def _frontier_table(result: Solution, *, wide: bool) -> Table:
     split = f"{result.dense.samples:,} selection samples"
-    table = _table(f"Frontier: measured on {split}, > is the chosen one", wide=wide)
+    table = new_table(f"Frontier: measured on {split}, > is the chosen one", wide=wide)
     table.add_column("", no_wrap=True)
     scored = result.dense.score is not None
     headings = ["params", "model\nkept %", "layers\nkept %", "predicted\nchange", "loss", "loss\nchange", "std.\nerror"]
@@ -127,20 +130,20 @@ def _frontier_table(result: Solution, *, wide: bool) -> Table:
     headings += [name, f"{name}\nchange", "std.\nerror"] if scored else []
     for heading in headings:
         table.add_column(Text(heading), justify="right", no_wrap=True)
-    places, score_places = _loss_places(result), _places(result.settings.score_margin)
+    places, score_places = loss_places(result), decimal_places(result.settings.score_margin)
     for row in frontier_rows(result):
         cells = [
             ">" if row["chosen"] else "",
-            _count(row["params_model"], wide),
-            _percent(row["params_model_kept"]),
-            _percent(row["params_layers_kept"]),
+            count(row["params_model"], wide),
+            percent(row["params_model_kept"]),
+            percent(row["params_layers_kept"]),
             signed(row["predicted_change"], places) + ("" if row["within_range"] else "*"),
-            _unsigned(row["loss"], places),
+            unsigned(row["loss"], places),
             *_change_cells(row, "loss", places),
         ]
         if scored:
             score = row["score"]
-            cells += ["" if score is None else _unsigned(score, score_places)]
+            cells += ["" if score is None else unsigned(score, score_places)]
             cells += _change_cells(row, "score", score_places)
         table.add_row(*cells)
     return table
@@ -153,7 +156,7 @@ def _frontier_note(result: Solution) -> str:
 
 def _change_cells(row: Row, name: str, places: int) -> tuple[str, str]:
     change, error = row[f"{name}_change"], row[f"{name}_change_error"]
-    return _optional(change, places), "" if error is None else _unsigned(error, places)
+    return optional(change, places), "" if error is None else unsigned(error, places)
 
 
 def _choice(result: Solution) -> str:
@@ -171,35 +174,3 @@ def _time(result: Solution) -> str:
     seconds = result.seconds.get("total")
     took = "" if seconds is None else f"Solved in {seconds:.1f} s"
     return f"{took or 'Solved'} on {splits} samples." if splits else f"{took}." if took else ""
-
-
-def _places(margin: float) -> int:
-    """Decimal places in the tables: four, more for very small margins, fewer for large ones."""
-    return max(decimals(margin), 4) if margin < 1 else decimals(margin) + 1
-
-
-def _loss_places(result: Solution) -> int:
-    return _places(0.005 if result.certificate is None else result.certificate.loss_margin)
-
-
-def _optional(value: float | None, places: int) -> str:
-    return "" if value is None else signed(value, places)
-
-
-def _unsigned(value: float, places: int) -> str:
-    return f"{value:.{places}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def _count(number: int, wide: bool) -> str:
-    """All digits on a wide console, else three of them and a unit."""
-    if wide or number < 10_000:
-        return f"{number:,}"
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            digits = number / size
-            return f"{digits:.{max(0, 2 - len(str(int(digits))) + 1)}f}{unit}"
-    return str(number)

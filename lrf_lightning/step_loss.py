@@ -77,6 +77,16 @@ class StepLoss:
         self.trainer, self.score, self.loss = trainer, score, loss
         self._source: _Source | None = None
 
+    @property
+    def score_name(self) -> str:
+        """What the score is called, empty if that is not known."""
+        if isinstance(self.score, str):
+            return self.score
+        if self.score is not None:
+            name = getattr(self.score, "__name__", type(self.score).__name__)
+            return "" if name == "<lambda>" else str(name)
+        return "" if self.loss is not None else "accuracy"  # the only score that is found in a loss
+
     def __call__(self, module: nn.Module, batch: Any) -> StepOutput:
         """Loss and score of one batch, which must be on the module's device.
 

@@ -20,6 +20,10 @@ The names are those of W&B's run summary, of ``trainer.callback_metrics`` and of
 ``compress/score_margin``                 largest fall that counts as not worse
 ``compress/not_worse``                    1 if the verdict is ``better`` or ``not worse``, 0 otherwise
 ``compress/unchanged``                    1 if nothing was compressed, 0 otherwise
+``compress/selection_loss``               loss of the chosen model on the selection split, for sweeps to compare;
+                                          ``compress/selection_score``
+``compress/knee_params_model_kept``       share of the parameters at the knee of the front
+``compress/holds_params_model_kept``      share of the parameters down to which all verdicts hold together
 ``compress/samples_needed``               samples that would be expected to decide an inconclusive verdict
 ``compress/samples_verification``         samples of that split; ``samples_selection``, ``samples_calibration``
 ``compress/solve_seconds``                wall-clock seconds of the whole solve
@@ -31,13 +35,13 @@ A figure that is not known is missing; one that is not finite stays as it is.
 
 from __future__ import annotations
 
+from lrf_lightning.solver.pareto import HOLDS, holding
 from lrf_lightning.solver.result import Certificate, Interval, Solution
 from lrf_lightning.tables import share
 
 __all__ = ["HOLDS", "PREFIX", "factorized_params", "summary"]
 
 PREFIX = "compress/"
-HOLDS = ("better", "not worse")
 
 
 def summary(result: Solution) -> dict[str, float]:
@@ -57,6 +61,7 @@ def summary(result: Solution) -> dict[str, float]:
     figures["layers_dense"] = sum(layer.rank is None for layer in factorizable)
     figures["layers_left_alone"] = len(result.layers) - len(factorizable)
     figures |= _verdict_figures(result.certificate)
+    figures |= _frontier_figures(result)
     figures |= {f"samples_{split}": count for split, count in result.samples.items()}
     figures |= {_stage_name(stage): seconds for stage, seconds in result.seconds.items()}
     return {PREFIX + name: float(value) for name, value in figures.items() if value is not None}
@@ -70,6 +75,19 @@ def factorized_params(result: Solution) -> tuple[int, int]:
 
 def _stage_name(stage: str) -> str:
     return "solve_seconds" if stage == "total" else f"seconds/{stage.replace(' ', '_')}"
+
+
+def _frontier_figures(result: Solution) -> dict[str, float | None]:
+    chosen = next((point for point in result.frontier if point.chosen), None)
+    knee = next((point for point in result.frontier if point.knee), None)
+    held = holding(result.frontier)
+    before = result.params_model[0]
+    return {
+        "selection_loss": result.dense.loss if chosen is None else chosen.loss,
+        "selection_score": result.dense.score if chosen is None else chosen.score,
+        "knee_params_model_kept": None if knee is None else share(knee.params_model, before),
+        "holds_params_model_kept": share(held[-1].params_model, before) if held else None,
+    }
 
 
 def _verdict_figures(certificate: Certificate | None) -> dict[str, float | None]:

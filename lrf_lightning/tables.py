@@ -1,8 +1,9 @@
 """The figures of a result as flat rows of plain values, for CSV files and for tables of a logger.
 
 Every function returns a list of dictionaries with the same keys, which are the column names: ``*_kept`` are shares of
-the original between 0 and 1, ``params_*`` count parameters, ``flops_*`` multiply-adds per sample, and the losses are in
-the unit of the user's loss. What is unknown is None, an empty cell in a CSV file.
+the original between 0 and 1 (``cost_kept`` of what the setting ``cost`` counts), ``params_*`` count parameters,
+``flops_*`` multiply-adds per sample, and the losses are in the unit of the user's loss. What is unknown is None, an
+empty cell in a CSV file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lrf_lightning.solver.pareto import original_on_front
 from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, Solution
 
 __all__ = [
@@ -52,7 +54,10 @@ def layer_rows(result: Solution) -> list[Row]:
 
 
 def frontier_rows(result: Solution) -> list[Row]:
-    """The original, and below it one row per measured point from the largest to the smallest; selection split."""
+    """The original, and below it one row per measured point from the largest to the smallest.
+
+    Loss and score are those of the selection split; the columns that start with ``verification`` are of the other one.
+    """
     original = FrontierPoint(
         keep=1.0,
         ranks={},
@@ -68,12 +73,17 @@ def frontier_rows(result: Solution) -> list[Row]:
         score_change=None if result.dense.score is None else 0.0,
         score_change_error=None if result.dense.score is None else 0.0,
         chosen=not result.ranks,
+        pareto=original_on_front(result.frontier, result.dense),
     )
     return [_frontier_row(result, point) for point in (original, *result.frontier)]
 
 
 def _frontier_row(result: Solution, point: FrontierPoint) -> Row:
+    certificate = point.certificate
+    score = None if certificate is None else certificate.score_change
     return {
+        "budget": point.budget,
+        "cost_kept": point.keep,
         "params_model": point.params_model,
         "params_model_kept": share(point.params_model, result.params_model[0]),
         "params_layers": point.params_layers,
@@ -90,6 +100,13 @@ def _frontier_row(result: Solution, point: FrontierPoint) -> Row:
         "score_change_error": point.score_change_error,
         "within_range": point.within_range,
         "chosen": point.chosen,
+        "pareto": point.pareto,
+        "knee": point.knee,
+        "verification_loss_change": None if certificate is None else certificate.loss_change.mean,
+        "verification_loss_upper": None if certificate is None else certificate.loss_change.upper,
+        "verification_score_change": None if score is None else score.mean,
+        "verification_score_lower": None if score is None else score.lower,
+        "verdict": None if certificate is None else certificate.verdict,
     }
 
 

@@ -57,7 +57,7 @@ def temperature_sentence(certificate: Certificate | None) -> str:
 
 def score_name(result: Solution) -> str:
     """What the score is called, ``score`` unless the result knows its name."""
-    return getattr(result, "score_name", None) or "score"
+    return result.score_name or "score"
 
 
 def decimals(scale: float) -> int:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lrf_lightning import LowRankCompression
 
 RECIPES = ["digits"]
-OPTIONS = ["lossless", "compact", "budget", "paper"]
+OPTIONS = ["lossless", "compact", "budget", "frontier", "paper"]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from tiny_result import frontier_result, tiny_result, with_certificate, with_layers
+from tiny_result import budgets_result, frontier_result, tiny_result, with_certificate, with_layers
 
 from lrf_lightning.change_plots import changes_figures, draw_samples, samples_figure
 from lrf_lightning.layer_plots import curves_figures, spectra_figures
@@ -85,15 +85,29 @@ def test_the_frontier_shows_loss_and_score_with_errors_and_the_chosen_point():
         errors = [getattr(point, f"{name}_change_error") for point in result.frontier]
         (container,) = ax.containers
         line, _, (bars,) = container
-        assert line.get_xdata() == pytest.approx([100.0, *x])
-        assert list(line.get_ydata()) == [0.0, *changes]
-        spans = [segment[:, 1] for segment in bars.get_segments()[1:]]
+        assert line.get_xdata() == pytest.approx(x), "a smaller model has a lower loss than the original"
+        assert list(line.get_ydata()) == changes
+        spans = [segment[:, 1] for segment in bars.get_segments()]
         assert [(high - low) / 2 for low, high in spans] == pytest.approx(errors)
         (chosen,) = [line for line in ax.lines if line.get_label() == "chosen"]
         assert list(chosen.get_xdata()) == pytest.approx([x[1]])
         assert list(chosen.get_ydata()) == [changes[1]]
     (margin,) = [line for line in score.lines if line.get_label() == "margin of the verdict"]
     assert set(margin.get_ydata()) == {-result.certificate.score_margin}
+
+
+def test_budgets_are_drawn_with_front_knee_and_verification():
+    result = budgets_result()
+    (figure,) = frontier_figures(result)
+    assert_readable(figure)
+    for ax in figure.axes:
+        handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        assert {"Pareto front, std. error", "not on the front", "knee of the front", "chosen"} <= set(handles)
+        front = handles["Pareto front, std. error"].lines[0].get_xdata()
+        assert [round(x) for x in front] == [80, 50, 20, 10]
+        assert [round(x) for x in handles["not on the front"].lines[0].get_xdata()] == [30]
+        assert [round(x) for x in handles["knee of the front"].get_xdata()] == [20]
+        assert len(handles["verification, with its bound"].lines[0].get_xdata()) == 5
 
 
 def test_large_and_small_changes_are_both_seen():
@@ -207,7 +221,7 @@ def test_what_is_not_finite_is_left_out():
     for picture in PICTURES:
         assert draw(result, picture), picture
     (figure,) = frontier_figures(result)
-    assert len(figure.axes[0].containers[0][0].get_xdata()) == 5
+    assert len(figure.axes[0].containers[0][0].get_xdata()) == 4
 
 
 def test_without_layers_frontier_or_certificate_nothing_fails():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from rich.console import Console
-from tiny_result import frontier_result, tiny_result, with_certificate, with_layers
+from tiny_result import budgets_result, frontier_result, tiny_result, with_certificate, with_layers
 
 from lrf_lightning.report import print_report
 from lrf_lightning.verdict import verdict_sentence
@@ -138,3 +138,25 @@ def test_the_report_goes_to_standard_output(capsys):
     captured = capsys.readouterr()
     assert "whole model" in captured.out
     assert captured.err == ""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_budgets_have_one_table_with_marks_and_verdicts(width):
+    result = budgets_result()
+    text = report(result, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "Layers:" not in text
+    assert "Frontier:" not in text
+    rows = [line.split() for line in text.splitlines()]
+    assert [row[0] for row in rows if row[1:2] == ["60.0"]] == [">"]
+    assert [row[0] for row in rows if row[1:2] == ["20.0"]] == ["K"]
+    assert [row[0] for row in rows if row[1:2] == ["40.0"]] == ["-"]
+    verdicts = [row[-1] for row in rows if row[-1:] in (["better"], ["worse"], ["inconclusive"], ["original"])]
+    assert verdicts == ["original", "better", "worse", "inconclusive", "worse", "worse"]
+    assert "verdicts from the top down to 50.0 % of the parameters hold together with 95 % confidence" in joined(text)
+    assert "its accuracy by" in joined(text)
+
+
+def test_without_favourable_verdicts_at_the_top_none_hold_together():
+    result = budgets_result()
+    assert "Each verdict holds by itself" in joined(report(dataclasses.replace(result, frontier=result.frontier[2:])))

@@ -281,3 +281,14 @@ class TestTrainer:
         output = StepLoss(trainer(precision="bf16-mixed"))(module, batch)
         assert output.loss.dtype is torch.float32
         torch.testing.assert_close(output.loss, per_sample(module, batch), rtol=0.05, atol=0.02)
+
+
+def test_the_name_of_the_score():
+    def recall(module, batch):
+        return torch.tensor(1.0)
+
+    assert StepLoss().score_name == "accuracy"
+    assert StepLoss(score="val/f1").score_name == "val/f1"
+    assert StepLoss(score=recall).score_name == "recall"
+    assert StepLoss(score=lambda module, batch: torch.tensor(1.0)).score_name == ""
+    assert StepLoss(loss=recall).score_name == ""

@@ -3,7 +3,7 @@ import math
 import re
 
 import pytest
-from tiny_result import tiny_result, with_certificate
+from tiny_result import budgets_result, tiny_result, with_certificate
 
 from lrf_lightning import summary as module
 from lrf_lightning.solver.result import Interval
@@ -33,7 +33,7 @@ def test_every_name_is_documented():
     text = module.__doc__
     stems = set(re.findall(r"``(?:compress/)?([a-z_]+)``", text))
     suffixes = tuple(stem for stem in stems if stem.startswith("_"))
-    for name in summary(tiny_result()):
+    for name in summary(budgets_result()):
         short = name.removeprefix("compress/")
         known = short in stems or any(short == stem.rsplit(suffix, 1)[0] for stem in stems for suffix in suffixes)
         by_suffix = any(short.endswith(s) and any(t.startswith(short[: -len(s)]) for t in stems) for s in suffixes)
@@ -64,3 +64,19 @@ def test_what_is_unknown_is_missing_and_what_is_infinite_stays():
     assert math.isnan(figures["compress/loss_change"])
     assert figures["compress/loss_change_upper"] == math.inf
     assert "compress/loss_dense" not in summary(dataclasses.replace(result, certificate=None))
+
+
+def test_a_frontier_adds_its_knee_and_how_far_down_the_verdicts_hold():
+    result = budgets_result()
+    figures = summary(result)
+    assert figures["compress/knee_params_model_kept"] == pytest.approx(0.2, abs=1e-3)
+    assert figures["compress/holds_params_model_kept"] == pytest.approx(0.5, abs=1e-3)
+    assert figures["compress/selection_loss"] == result.frontier[1].loss
+    assert figures["compress/selection_score"] == result.frontier[1].score
+
+
+def test_an_unchanged_model_has_the_selection_figures_of_the_original():
+    result = tiny_result()
+    figures = summary(dataclasses.replace(result, ranks={}, frontier=[]))
+    assert figures["compress/selection_loss"] == result.dense.loss
+    assert not [name for name in figures if "knee" in name or "holds" in name]

@@ -2,7 +2,7 @@ import csv
 import dataclasses
 
 import pytest
-from tiny_result import frontier_result, tiny_result
+from tiny_result import budgets_result, frontier_result, tiny_result
 
 from lrf_lightning.tables import curve_rows, frontier_rows, layer_rows, probe_rows, rank_rows, write_csv
 
@@ -26,6 +26,18 @@ def test_the_frontier_starts_with_the_original():
     assert [row["chosen"] for row in points] == [False, True, False, False, False]
     unchanged = dataclasses.replace(result, ranks={}, frontier=[])
     assert [row["chosen"] for row in frontier_rows(unchanged)] == [True]
+
+
+def test_the_frontier_holds_front_knee_budgets_and_verdicts():
+    result = budgets_result()
+    original, *points = frontier_rows(result)
+    assert (original["budget"], original["verdict"], original["pareto"]) == (None, None, False)
+    assert [row["budget"] for row in points] == [0.8, 0.6, 0.4, 0.2, 0.1]
+    assert [row["verdict"] for row in points] == [point.certificate.verdict for point in result.frontier]
+    assert [row["pareto"] for row in points] == [True, True, False, True, True]
+    assert [row["knee"] for row in points] == [False, False, False, True, False]
+    assert points[0]["verification_loss_upper"] == result.certificate.loss_change.upper
+    assert points[0]["verification_score_lower"] == result.certificate.score_change.lower
 
 
 def test_rank_rows_hold_every_layer_at_every_point():

@@ -144,5 +144,5 @@ def test_help_lists_the_groups(project):
         [sys.executable, str(project / "train.py"), "--help"], capture_output=True, text=True, timeout=380
     )
     assert done.returncode == 0, done.stderr
-    assert "compress: budget, compact, lossless, paper" in done.stdout
+    assert "compress: budget, compact, frontier, lossless, paper" in done.stdout
     assert "recipe: digits" in done.stdout

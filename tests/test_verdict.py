@@ -119,3 +119,4 @@ def test_signed_has_no_negative_zero():
 def test_the_score_is_called_accuracy_only_if_the_result_says_so():
     result = example("not worse")
     assert score_name(result) == "score"
+    assert score_name(dataclasses.replace(result, score_name="accuracy")) == "accuracy"

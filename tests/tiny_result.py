@@ -80,10 +80,29 @@ def frontier_result() -> CompressionResult:
             score_change_error=abs(change) / 3,
             within_range=share > 0.2,
             chosen=share == 0.5,
+            pareto=True,
         )
         for share, change in ((0.8, -0.001), (0.5, 0.002), (0.3, 0.01), (0.2, 0.1), (0.1, 0.7))
     ]
     return dataclasses.replace(result, frontier=points)
+
+
+@cache
+def budgets_result() -> CompressionResult:
+    """The frontier with a verdict for every point, a knee, and a point that is not on the front."""
+    result = frontier_result()
+    verdicts = ("better", "not worse", "inconclusive", "worse", "worse")
+    points = [
+        dataclasses.replace(
+            point,
+            budget=budget,
+            pareto=budget != 0.4,
+            knee=budget == 0.2,
+            certificate=dataclasses.replace(result.certificate, verdict=verdict),
+        )
+        for point, budget, verdict in zip(result.frontier, (0.8, 0.6, 0.4, 0.2, 0.1), verdicts, strict=True)
+    ]
+    return dataclasses.replace(result, frontier=points, score_name="accuracy")
 
 
 def with_certificate(result, **changes):

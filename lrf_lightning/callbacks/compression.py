@@ -34,7 +34,16 @@ from lrf_lightning.report import print_report
 from lrf_lightning.run_folder import run_folder
 from lrf_lightning.sample_images import find_images
 from lrf_lightning.solver.evaluation import Batches, LossFunction
-from lrf_lightning.solver.settings import Cost, GammaKind, Metric, Objective, PaperVariant, Prediction, Settings
+from lrf_lightning.solver.settings import (
+    BUDGETS,
+    Cost,
+    GammaKind,
+    Metric,
+    Objective,
+    PaperVariant,
+    Prediction,
+    Settings,
+)
 from lrf_lightning.step_loss import Score, StepLoss
 from lrf_lightning.tracking import log_solution
 
@@ -80,11 +89,14 @@ class LowRankCompression(Callback):
         in_place: whether the layers of the live module are replaced as well.
         save: whether the compressed model is written, as a folder for ``load_compressed`` and as a checkpoint for
             ``Trainer.test(ckpt_path=...)``.
+        save_points: whether the models of all budgets of ``objective="frontier"`` are written too, each into a folder
+            of its own.
         log_artifact: whether the compressed model is also handed to a W&B logger as an artifact.
         strict: whether a failure is raised instead of reported.
         objective: see :class:`~lrf_lightning.solver.settings.Settings`, as for all arguments that follow.
         metric: metric of the factorization.
         keep: share of the factorizable layers' cost that ``objective="budget"`` keeps, in (0, 1].
+        budgets: shares of that cost that ``objective="frontier"`` measures, each in (0, 1].
         cost: what is counted, ``params`` or ``flops``.
         tolerance: increase of the selection loss that is accepted beyond its noise.
         score_tolerance: fall of the selection score that is accepted beyond its noise.
@@ -135,11 +147,13 @@ class LowRankCompression(Callback):
         weights: Literal["last", "best"] = "last",
         in_place: bool = False,
         save: bool = True,
+        save_points: bool = True,
         log_artifact: bool = True,
         strict: bool = False,
         objective: Objective = "lossless",
         metric: Metric = "fisher",
         keep: float = 0.5,
+        budgets: tuple[float, ...] = BUDGETS,
         cost: Cost = "params",
         tolerance: float = 0.0,
         score_tolerance: float = 0.0,
@@ -180,6 +194,7 @@ class LowRankCompression(Callback):
         self.loss, self.score, self.weights = loss, score, weights
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.in_place, self.save, self.log_artifact, self.strict = in_place, save, log_artifact, strict
+        self.save_points = save_points
         self.result: CompressionResult | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -281,12 +296,14 @@ class LowRankCompression(Callback):
                 logger.info(note)
             shares = [dealt(getattr(loaders, role), processes) for role in ROLES]
             batches = [DeviceBatches(share, trainer, host, device, seed=seed, processes=processes) for share in shares]
+            loss = StepLoss(trainer, score=self.score, loss=self.loss)
             result = compress(
                 module,
-                StepLoss(trainer, score=self.score, loss=self.loss),
+                loss,
                 *batches,
                 device=device,
                 progress=progress,
+                score_name=loss.score_name,
                 **{f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)},
             )
             result.model.to(pl_module.device)
@@ -324,6 +341,8 @@ class LowRankCompression(Callback):
             self._attempt("print the report", lambda: print_report(result))
         if self.save and trainer.is_global_zero:
             self._attempt("write the compressed model", lambda: save_compressed(result, directory))
+            if self.save_points and result.point_models is not None:
+                self._attempt("write the models of all budgets", lambda: _save_points(result, directory / "points"))
         if self.save:
             self._attempt(
                 "write the Lightning checkpoint",
@@ -365,3 +384,9 @@ class LowRankCompression(Callback):
 
     def _directory(self, trainer: Trainer) -> Path:
         return self.dirpath or run_folder(trainer) / "compressed"
+
+
+def _save_points(result: CompressionResult, directory: Path) -> None:
+    """Write the model of every budget into a folder that is named after what is kept, in per cent."""
+    for point in result.frontier:
+        result.at(point.keep).save(directory / f"keep_{100 * (point.budget or point.keep):g}")

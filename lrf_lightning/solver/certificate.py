@@ -17,7 +17,7 @@ from lrf_lightning.solver.intervals import mean_interval, paired_interval, tango
 from lrf_lightning.solver.result import Certificate, Interval, Verdict
 from lrf_lightning.solver.settings import Settings
 
-__all__ = ["certify", "default_loss_margin", "fit_temperature"]
+__all__ = ["certify", "default_loss_margin", "fit_temperature", "temperatures"]
 
 
 def certify(
@@ -84,6 +84,12 @@ def certify(
 def default_loss_margin(dense_loss: float) -> float:
     """The larger of 2 % of the original's loss and 0.005."""
     return max(0.02 * abs(dense_loss), 0.005)
+
+
+def temperatures(dense: Outcome, compressed: Outcome) -> tuple[float, float] | None:
+    """The best temperatures of two models, None unless both gave logits; see :func:`fit_temperature`."""
+    found = fit_temperature(dense), fit_temperature(compressed)
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
 def fit_temperature(outcome: Outcome) -> float | None:

@@ -12,12 +12,12 @@ directions without evidence keep the weight W. No labels, no gradient steps.
 Every layer sees the replacements of *all* layers before it, at the price of one forward pass of both models: the passes
 of all batches run in lockstep (:mod:`lrf_lightning.solver.lockstep`), and when all of them stand before a layer it is
 solved and takes its place. A layer that runs several times in a pass would have to be fitted before its later inputs
-are known; it gets the factors of its dense inputs.
+are known; it gets the factors of its dense inputs. Several compressed models share the passes of the dense one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,9 +39,8 @@ __all__ = ["can_be_fitted", "compensated_target", "fit_layers"]
 
 def fit_layers(
     model: nn.Module,
-    compressed: nn.Module,
+    copies: Sequence[tuple[nn.Module, Mapping[str, int]]],
     layers: Mapping[str, LayerStatistics],
-    ranks: Mapping[str, int],
     *,
     metric: str,
     damping: float,
@@ -54,13 +53,13 @@ def fit_layers(
     owners: Mapping[str, int] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace layers of ``compressed`` by factors of the given ranks.
+    """Replace layers in copies of a model by factors of the given ranks.
 
     Args:
         model: dense model on ``device``; as it was on return.
-        compressed: a copy of it, in which layers upstream may have been replaced already.
+        copies: copies of it, in which layers upstream may have been replaced already, each with the ranks of its
+            layers by name; layers that are missing there stay dense, others than those of ``layers`` are passed over.
         layers: statistics of the layers to replace, by name, in execution order.
-        ranks: rank by name.
         metric: metric of the factorization.
         damping: relative damping of the moments.
         compensation: whether factors are fitted to the inputs of the compressed model.
@@ -73,8 +72,8 @@ def fit_layers(
         advance: called after every layer.
     """
 
-    def factors_of(name: str, evidence: _Evidence | None) -> tuple[Tensor, Tensor]:
-        layer, rank = layers[name], ranks[name]
+    def factors_of(name: str, rank: int, evidence: _Evidence | None) -> tuple[Tensor, Tensor]:
+        layer = layers[name]
         target, inputs = layer.candidate.matrices().double(), layer.inputs.known_mean
         if evidence is not None and evidence.inputs.rows > 0:
             inputs = evidence.inputs.mean
@@ -83,29 +82,33 @@ def fit_layers(
         outputs = layer.gradients.mean if metric == "fisher" else None
         return factorize(target, inputs, outputs, damping=damping, max_rank=rank).truncated(rank)
 
-    def solved(name: str, evidence: _Evidence | None) -> LowRankModule:
+    def solved(name: str, rank: int, evidence: _Evidence | None) -> LowRankModule:
         candidate, owner = layers[name].candidate, (owners or {}).get(name, 0)
-        shapes = (candidate.groups, candidate.rows, ranks[name]), (candidate.groups, ranks[name], candidate.columns)
+        shapes = (candidate.groups, candidate.rows, rank), (candidate.groups, rank, candidate.columns)
         solution = processes.patiently(
-            f"solving {name!r}", lambda: factors_of(name, evidence) if processes.rank == owner else None
+            f"solving {name!r}", lambda: factors_of(name, rank, evidence) if processes.rank == owner else None
         )
         factors = solution or tuple(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
         processes.broadcast_(factors, owner)
         advance()
         return factorized(candidate.module, *factors)
 
+    wanted = [(copy, {name: ranks[name] for name in layers if name in ranks}) for copy, ranks in copies]
     processes.agree(
-        {f"the rank of {name!r}": str(ranks[name]) for name in layers},
+        {f"the ranks of {name!r}": str([ranks.get(name) for _, ranks in wanted]) for name in layers},
         "Different processors round differently; use the same kind on all processes, or compress on one process",
     )
     fitted = {name: layer for name, layer in layers.items() if compensation and can_be_fitted(layer)}
-    for name in layers:
-        if name not in fitted:
-            replace_module(compressed, name, solved(name, None))
+    for copy, ranks in wanted:
+        for name in ranks:
+            if name not in fitted:
+                replace_module(copy, name, solved(name, ranks[name], None))
     if fitted:
-        fitting = _Fitting(fitted, solved, sampler, processes)
-        for name, new in fitting.run(model, compressed, loss, batches, device).items():
-            replace_module(compressed, name, new)
+        targets = [_Target(copy, {n: rank for n, rank in ranks.items() if n in fitted}) for copy, ranks in wanted]
+        _Fitting(fitted, solved, sampler, processes).run(model, targets, loss, batches, device)
+        for target in targets:
+            for name, new in target.replacements.items():
+                replace_module(target.model, name, new)
 
 
 def can_be_fitted(layer: LayerStatistics) -> bool:
@@ -146,83 +149,127 @@ class _Evidence:
 
 
 @dataclass
+class _Target:
+    """A compressed copy in the making, the ranks of the layers to be fitted, and the factors found so far."""
+
+    model: nn.Module
+    ranks: Mapping[str, int]
+    replacements: dict[str, LowRankModule] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """One batch: its place among this process's batches, its size, and one run per model."""
+
+    position: int
+    size: int
+    dense: Run
+    compressed: list[Run]
+
+
+@dataclass
 class _Fitting:
     """Solves layers one after the other while the passes of all batches stand before them."""
 
     layers: Mapping[str, LayerStatistics]
-    solved: Callable[[str, _Evidence | None], LowRankModule]
+    solved: Callable[[str, int, _Evidence | None], LowRankModule]
     sampler: RowSampler
     processes: Processes = ALONE
-    replacements: dict[str, LowRankModule] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
 
     def run(
-        self, model: nn.Module, compressed: nn.Module, loss: LossFunction, batches: Batches, device: torch.device
-    ) -> dict[str, LowRankModule]:
-        """The factors of every layer by name; the compressed model still holds the dense ones on return."""
+        self, model: nn.Module, targets: list[_Target], loss: LossFunction, batches: Batches, device: torch.device
+    ) -> None:
+        """Find the factors of every layer of every target; the targets still hold the dense layers on return."""
         sizes: list[int] = []
 
         def passes() -> Iterator[Callable[[], object]]:
             for batch in batches:
                 sizes.append(batch_size(batch))
                 moved = to_device(batch, device)
-                yield lambda moved=moved: loss(model, moved)  # type: ignore[misc]
-                yield lambda moved=moved: loss(compressed, moved)  # type: ignore[misc]
+                for module in (model, *(target.model for target in targets)):
+                    yield lambda module=module, moved=moved: loss(module, moved)  # type: ignore[misc]
 
         with ExitStack() as stack:
-            for module in (model, compressed):
-                stack.enter_context(evaluation_mode(module))
-                stack.enter_context(self._gates(module, replaced=module is compressed))
+            stack.enter_context(evaluation_mode(model))
+            stack.enter_context(self._gates(model, self.layers, None))
+            for target in targets:
+                stack.enter_context(evaluation_mode(target.model))
+                stack.enter_context(self._gates(target.model, target.ranks, target))
             stack.enter_context(torch.no_grad())
             with self.processes.together("reading the calibration data"):
                 started = stack.enter_context(runs(passes()))
-            self._solve(list(zip(sizes, started[::2], started[1::2], strict=True)), device)
-        return self.replacements
+            count = 1 + len(targets)
+            self._solve(
+                [
+                    _Passes(i, size, started[i * count], started[i * count + 1 : (i + 1) * count])
+                    for i, size in enumerate(sizes)
+                ],
+                targets,
+                device,
+            )
 
-    def _solve(self, passes: list[tuple[int, Run, Run]], device: torch.device) -> None:
-        here = list(enumerate(passes))
+    def _solve(self, passes: list[_Passes], targets: list[_Target], device: torch.device) -> None:
+        here = [passes] * len(targets)  # the batches that stand before the layer that was solved last
         for name, layer in self.layers.items():
-            evidence = _Evidence()
+            wanted = [index for index, target in enumerate(targets) if name in target.ranks]
+            evidence = {index: _Evidence() for index in wanted}
             with self.processes.together(f"running to {name!r}"):
-                for _, (_, _, compressed) in here:
-                    compressed.resume()
-                here = [item for item in enumerate(passes) if _stands_before(item[1][2], name)]
-                for position, (size, dense, compressed) in here:
-                    _advance_to(dense, name)
-                    if _stands_before(dense, name):
-                        index = self.processes.index(position)
-                        y = self._rows(layer, compressed.event[1], size, index)
-                        evidence.cross.add(self._rows(layer, dense.event[1], size, index), y)
-                        evidence.inputs.add(y, y)
-            if self.processes.size > 1:
-                evidence.cross.merge(self.processes, device)
-                evidence.inputs.merge(self.processes, device)
-            self.replacements[name] = self.solved(name, evidence)
+                for index in wanted:
+                    for batch in here[index]:
+                        batch.compressed[index].resume()
+                    here[index] = [batch for batch in passes if _stands_before(batch.compressed[index], name)]
+                for batch in passes:
+                    there = [index for index in wanted if _stands_before(batch.compressed[index], name)]
+                    self._observe(layer, batch, {index: evidence[index] for index in there})
+            for index in wanted:
+                if self.processes.size > 1:
+                    evidence[index].cross.merge(self.processes, device)
+                    evidence[index].inputs.merge(self.processes, device)
+                rank = targets[index].ranks[name]
+                targets[index].replacements[name] = self.solved(name, rank, evidence.pop(index))
+            self.done.add(name)
+
+    def _observe(self, layer: LayerStatistics, batch: _Passes, evidence: Mapping[int, _Evidence]) -> None:
+        """Add one batch to the moments of the compressed models that stand before the layer."""
+        name = layer.candidate.name
+        if not evidence:
+            return
+        _advance_to(batch.dense, name)
+        if not _stands_before(batch.dense, name):
+            return
+        number = self.processes.index(batch.position)
+        x = self._rows(layer, batch.dense.event[1], batch.size, number)
+        for index, moments in evidence.items():
+            y = self._rows(layer, batch.compressed[index].event[1], batch.size, number)
+            moments.cross.add(x, y)
+            moments.inputs.add(y, y)
 
     def _rows(self, layer: LayerStatistics, x: Tensor, size: int, index: int) -> Tensor:
         available = layer.reader.rows_per_sample(x, size)
         return layer.reader.inputs(x, self.sampler.positions(layer.candidate, available, index, x.device), size)
 
     @contextmanager
-    def _gates(self, model: nn.Module, *, replaced: bool) -> Iterator[None]:
-        """Let the layers pause before they run, and run their replacement if they are to be replaced.
+    def _gates(self, model: nn.Module, names: Iterable[str], target: _Target | None) -> Iterator[None]:
+        """Let layers pause before they run, and those of a target run their replacement.
 
         The tree of modules stays as it is, since a step may be in the middle of it.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
-        gated = {name: modules[name] for name in self.layers}
+        gated = {name: modules[name] for name in names}
         for name, module in gated.items():
-            module.forward = self._gate(name, module.forward, replaced)  # type: ignore[method-assign]
+            module.forward = self._gate(name, module.forward, target)  # type: ignore[method-assign]
         try:
             yield
         finally:
             for module in gated.values():
                 module.__dict__.pop("forward", None)
 
-    def _gate(self, name: str, forward: Callable[..., Any], replaced: bool) -> Callable[..., Any]:
+    def _gate(self, name: str, forward: Callable[..., Any], target: _Target | None) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if name not in self.replacements:
+            if name not in (self.done if target is None else target.replacements):
                 pause((name, first_tensor(name, args, kwargs)))
-            return self.replacements[name](*args, **kwargs) if replaced else forward(*args, **kwargs)
+            return (forward if target is None else target.replacements[name])(*args, **kwargs)
 
         return run
 

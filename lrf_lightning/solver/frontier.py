@@ -7,9 +7,8 @@ is chosen is judged later, on the verification split.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,10 +18,10 @@ from lrf_lightning.solver.certificate import default_loss_margin
 from lrf_lightning.solver.compensation import fit_layers
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.result import FrontierPoint
-from lrf_lightning.solver.statistics import memory_groups
+from lrf_lightning.solver.statistics import LayerStatistics, memory_groups
 from lrf_lightning.solver.workspace import Workspace
 
-__all__ = ["Frontier", "choose_compact", "choose_lossless"]
+__all__ = ["Frontier", "choose_among", "choose_compact", "choose_lossless"]
 
 LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
 
@@ -57,8 +56,17 @@ class Frontier:
         """Losses of a measured point on the selection split."""
         return self.measured[_key(point.ranks)].outcome
 
+    @property
+    def lowest(self) -> float:
+        """The smallest share of the dense cost that any allocation keeps."""
+        return cheapest(self._all) / self.work.dense_cost
+
     def at(self, keep: float) -> FrontierPoint:
-        """The measured point of the best allocation for a share of the dense cost.
+        """The measured point of the best allocation for a share of the dense cost; see :meth:`allocation`."""
+        return self.with_ranks(self.allocation(keep))
+
+    def allocation(self, keep: float) -> dict[str, int]:
+        """The ranks that are predicted to be best for a share of the dense cost.
 
         Ranks outside the perturbation range are taken only if the budget cannot be met inside it.
 
@@ -67,43 +75,67 @@ class Frontier:
         """
         budget = keep * self.work.dense_cost
         within = cheapest(self._allowed) <= budget
-        lowest = cheapest(self._all) / self.work.dense_cost
         if not within and cheapest(self._all) > budget:
             raise ValueError(
-                f"keep={keep:g} cannot be reached: rank 1 in every layer keeps {lowest:.4f} of the "
+                f"keep={keep:g} cannot be reached: rank 1 in every layer keeps {self.lowest:.4f} of the "
                 f"{self.work.settings.cost} of the {len(self.work.layers)} factorizable layers; "
-                f"use keep >= {math.ceil(lowest * 1e4) / 1e4:g}"
+                f"use keep >= {math.ceil(self.lowest * 1e4) / 1e4:g}"
             )
-        return self.with_ranks(allocate(self._allowed if within else self._all, budget).ranks)
+        return allocate(self._allowed if within else self._all, budget).ranks
 
     def with_ranks(self, ranks: Mapping[str, int]) -> FrontierPoint:
         """The measured point with the given ranks."""
-        key = _key(ranks)
-        if key not in self.measured:
-            compressed = self.build(ranks)
+        return self.measure([ranks])[0]
+
+    def measure(
+        self, allocations: Sequence[Mapping[str, int]], then: Callable[[FrontierPoint, nn.Module], None] | None = None
+    ) -> list[FrontierPoint]:
+        """The measured points with the given ranks; those that are new are built together.
+
+        Args:
+            allocations: ranks by name.
+            then: called with every new point and its model, in the order of the allocations.
+        """
+        new = {_key(ranks): ranks for ranks in allocations if _key(ranks) not in self.measured}
+        for (key, ranks), compressed in zip(new.items(), self._built(list(new.values())), strict=True):
             self._latest = key, compressed
             outcome = self.work.evaluate(compressed, "selection", keep_logits=True)
             self.measured[key] = _Measured(self._point(ranks, compressed, outcome), outcome)
-        return self.measured[key].point
+            if then is not None:
+                then(self.measured[key].point, compressed)
+        return [self.measured[_key(ranks)].point for ranks in allocations]
 
     def build(self, ranks: Mapping[str, int]) -> nn.Module:
         """A compensated copy of the dense model with the given ranks; the latest one is not made anew."""
         if self._latest is not None and self._latest[0] == _key(ranks):
             return self._latest[1]
+        return next(self._built([ranks]))
+
+    def _built(self, allocations: Sequence[Mapping[str, int]]) -> Iterator[nn.Module]:
+        """Compensated copies of the dense model, as many at a time as fit into memory."""
+        names = {name for ranks in allocations for name in ranks}
+        layers = {name: layer for name, layer in self.work.layers.items() if name in names}
+        count = self.work.copies_at_once(layers)
+        for start in range(0, len(allocations), count):
+            built = self._fitted(allocations[start : start + count], layers)
+            while built:
+                yield built.pop(0)
+
+    def _fitted(
+        self, allocations: Sequence[Mapping[str, int]], layers: Mapping[str, LayerStatistics]
+    ) -> list[nn.Module]:
         work, settings = self.work, self.work.settings
-        compressed = copy.deepcopy(work.model)
-        chosen = {name: layer for name, layer in work.layers.items() if name in ranks}
-        by_candidate = {id(layer.candidate): name for name, layer in chosen.items()}
-        with work.stage("compensation", len(chosen)) as advance:
-            for group in memory_groups((layer.candidate for layer in chosen.values()), work.memory):
-                layers = {by_candidate[id(candidate)]: chosen[by_candidate[id(candidate)]] for candidate in group}
+        copies = [copy.deepcopy(work.model) for _ in allocations]
+        by_candidate = {id(layer.candidate): name for name, layer in layers.items()}
+        with work.stage("compensation", sum(map(len, allocations))) as advance:
+            for group in memory_groups((layer.candidate for layer in layers.values()), work.memory):
+                chosen = {by_candidate[id(candidate)]: layers[by_candidate[id(candidate)]] for candidate in group}
                 if not work.keeps_gradients:
-                    layers = work.statistics(group)
+                    chosen = work.statistics(group)
                 fit_layers(
                     work.model,
-                    compressed,
-                    layers,
-                    ranks,
+                    list(zip(copies, allocations, strict=True)),
+                    chosen,
                     metric=settings.metric,
                     damping=settings.damping,
                     compensation=settings.compensation,
@@ -112,22 +144,32 @@ class Frontier:
                     device=work.device,
                     sampler=work.sampler,
                     processes=work.processes,
-                    owners=work.owners(layers),
+                    owners=work.owners(chosen),
                     advance=advance,
                 )
-        return compressed
+        return copies
 
     def walk(self) -> list[FrontierPoint]:
         """Measure ``settings.points`` shares from 0.9 to 0.1 of the cost, equally spaced on a logarithmic scale."""
-        work = self.work
-        lowest = cheapest(self._all) / work.dense_cost
+        lowest = self.lowest
         last = max(SMALLEST_SHARE, min(lowest * 1.01, LARGEST_SHARE))
-        count = work.settings.points
-        with work.stage("frontier", count) as advance:
-            for i in range(count):
-                self.at(LARGEST_SHARE * (last / LARGEST_SHARE) ** (i / (count - 1)))
-                advance()
+        count = self.work.settings.points
+        shares = [LARGEST_SHARE * (last / LARGEST_SHARE) ** (i / (count - 1)) for i in range(count)]
+        self.measure_shares(shares)
         return self.points
+
+    def measure_shares(
+        self, shares: Iterable[float], then: Callable[[FrontierPoint, nn.Module], None] = lambda *_: None
+    ) -> list[FrontierPoint]:
+        """The points of several shares of the cost, measured together, with the progress shown; see :meth:`measure`."""
+        allocations = [self.allocation(share) for share in shares]
+        with self.work.stage("frontier", len({_key(ranks) for ranks in allocations})) as advance:
+
+            def report(point: FrontierPoint, compressed: nn.Module) -> None:
+                then(point, compressed)
+                advance()
+
+            return self.measure(allocations, report)
 
     def refine(self, chosen: FrontierPoint, accept: Callable[[FrontierPoint], bool]) -> FrontierPoint:
         """Bisect between a point and the next smaller one for a smaller point that is accepted."""
@@ -202,9 +244,10 @@ def choose_lossless(frontier: Frontier, dense_params: int) -> FrontierPoint | No
     return frontier.refine(qualified[-1], accept) if qualified else None
 
 
-def mark_chosen(points: list[FrontierPoint], chosen: FrontierPoint | None) -> list[FrontierPoint]:
-    """The points, with the chosen one marked."""
-    return [dataclasses.replace(point, chosen=point is chosen) for point in points]
+def choose_among(frontier: Frontier, points: Sequence[FrontierPoint], dense_params: int) -> FrontierPoint | None:
+    """The smallest of the points that :func:`choose_compact` would accept, None if there is none."""
+    qualified = [point for point in points if _qualifies(frontier, point, dense_params, frontier.dense)]
+    return min(qualified, key=lambda point: point.keep, default=None)
 
 
 def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, reference: Outcome) -> bool:

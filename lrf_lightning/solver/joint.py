@@ -15,12 +15,15 @@ import torch
 from torch import nn
 
 from lrf_lightning.distributed import Processes, current_processes
+from lrf_lightning.solver.budgets import measure_budgets
 from lrf_lightning.solver.calibration import calibrate
-from lrf_lightning.solver.certificate import certify, fit_temperature
+from lrf_lightning.solver.certificate import certify, temperatures
 from lrf_lightning.solver.changes import changed_samples
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome
-from lrf_lightning.solver.frontier import Frontier, choose_compact, choose_lossless, mark_chosen
+from lrf_lightning.solver.frontier import Frontier, choose_compact, choose_lossless
 from lrf_lightning.solver.paper import greedy_rank
+from lrf_lightning.solver.pareto import marked
+from lrf_lightning.solver.point_models import PointModels
 from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, Solution
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import LayerStatistics
@@ -155,12 +158,15 @@ class _Choice:
     message: str
     point: FrontierPoint | None = None
     points: list[FrontierPoint] = field(default_factory=list)
+    models: PointModels | None = None
 
 
 def _choose(work: Workspace, dense: Outcome) -> _Choice:
     settings, frontier = work.settings, Frontier(work, dense)
-    dense_params = sum(parameter.numel() for parameter in work.model.parameters())
+    dense_params = _count(work.model)
     chosen: FrontierPoint | None
+    if settings.objective == "frontier":
+        return _choose_budgets(frontier)
     if settings.objective == "paper":
         chosen, message = _choose_paper(frontier)
     elif settings.objective == "budget":
@@ -179,11 +185,27 @@ def _choose(work: Workspace, dense: Outcome) -> _Choice:
             "No smaller model kept its loss and score within the noise and the tolerances on the selection split "
             f"(tolerance={settings.tolerance:g}, score_tolerance={settings.score_tolerance:g})."
         )
-    points = mark_chosen(frontier.points, chosen)
+    points = marked(frontier.points, dense.measurement(), dense_params, chosen)
     if chosen is None:
         return _Choice(copy.deepcopy(work.model), dense, message, None, points)
     point = next(point for point in points if point.chosen)
     return _Choice(frontier.build(chosen.ranks), frontier.outcome(chosen), message, point, points)
+
+
+def _choose_budgets(frontier: Frontier) -> _Choice:
+    """All budgets, of which the smallest that ties with the original is chosen."""
+    work, models = frontier.work, PointModels(frontier.work.model)
+
+    def keep(point: FrontierPoint, model: nn.Module) -> None:
+        models.keep(point.ranks, model, _layer_results(work, point.ranks))
+
+    points, note = measure_budgets(frontier, keep)
+    chosen = next((point for point in points if point.chosen), None)
+    if chosen is None:
+        message = f"No budget kept loss and score within the noise on the selection split.{note}"
+        return _Choice(copy.deepcopy(work.model), frontier.dense, message, None, points, models)
+    message = f"Smallest budget whose loss and score tie with the original's on the selection split.{note}"
+    return _Choice(models.build(chosen.ranks), frontier.outcome(chosen), message, chosen, points, models)
 
 
 def _choose_paper(frontier: Frontier) -> tuple[FrontierPoint | None, str]:
@@ -216,17 +238,15 @@ def _solution(
     with work.stage("verification", 0):
         before = work.evaluate(work.model, "verification", keep_logits=True)
         after = work.evaluate(compressed, "verification", keep_logits=True)
-    temperatures = (fit_temperature(dense), fit_temperature(choice.outcome))
     certificate = certify(
         before,
         after,
         work.settings,
-        temperatures=None if None in temperatures else temperatures,  # type: ignore[arg-type]
+        temperatures=temperatures(dense, choice.outcome),
         unchanged=choice.point is None,
     )
     settle(compressed)
-    layers = [_layer_result(work, layer, ranks) for layer in work.layers.values()]
-    layers += [_skipped_result(work.model, skipped) for skipped in work.skipped]
+    layers = _layer_results(work, ranks)
     work.seconds["total"] = time.perf_counter() - started
     return Solution(
         model=compressed,
@@ -243,7 +263,13 @@ def _solution(
         seconds=dict(work.seconds),
         samples=dict(work.samples),
         changes=changed_samples(before, after),
+        point_models=choice.models,
     )
+
+
+def _layer_results(work: Workspace, ranks: dict[str, int]) -> list[LayerResult]:
+    layers = [_layer_result(work, layer, ranks) for layer in work.layers.values()]
+    return layers + [_skipped_result(work.model, skipped) for skipped in work.skipped]
 
 
 def _layer_result(work: Workspace, layer: LayerStatistics, ranks: dict[str, int]) -> LayerResult:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from lrf_lightning.solver.point_models import PointModels
 from lrf_lightning.solver.settings import Settings
 
 __all__ = [
@@ -145,6 +146,11 @@ class FrontierPoint:
         score_change_error: standard error of the paired difference.
         within_range: whether every rank lies inside its layer's perturbation range.
         chosen: whether this is the point that the objective chose.
+        budget: the share of the cost that was asked for, None if no share was.
+        pareto: whether no other model, the original included, is at least as good in cost, loss and score, and better
+            in one of them.
+        knee: whether this is where the front bends most; see :func:`lrf_lightning.solver.pareto.knee`.
+        certificate: the verdict on the verification split, None unless all points were tested there.
     """
 
     keep: float
@@ -162,6 +168,10 @@ class FrontierPoint:
     score_change_error: float | None = None
     within_range: bool = True
     chosen: bool = False
+    budget: float | None = None
+    pareto: bool = False
+    knee: bool = False
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +253,8 @@ class Solution:
         samples: number of samples in every split by name.
         changes: verification samples whose predicted class or score differs, the largest change of the loss first; up
             to a few hundred, empty where losses are known per batch only.
+        point_models: the models of all points of the frontier, with ``objective="frontier"``.
+        score_name: what the score is called, empty if that is not known.
     """
 
     model: nn.Module
@@ -259,3 +271,5 @@ class Solution:
     seconds: dict[str, float]
     samples: dict[str, int]
     changes: list[SampleChange] = field(default_factory=list)
+    point_models: PointModels | None = field(default=None, repr=False, compare=False)
+    score_name: str = ""

@@ -10,14 +10,16 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-__all__ = ["Cost", "GammaKind", "Metric", "Objective", "PaperVariant", "Prediction", "Settings"]
+__all__ = ["BUDGETS", "Cost", "GammaKind", "Metric", "Objective", "PaperVariant", "Prediction", "Settings"]
 
-Objective = Literal["lossless", "compact", "budget", "paper"]
+Objective = Literal["lossless", "compact", "budget", "frontier", "paper"]
 Metric = Literal["euclidean", "activation", "fisher"]
 Cost = Literal["params", "flops"]
 Prediction = Literal["loss", "energy"]
 PaperVariant = Literal["lossless", "compact"]
 GammaKind = Literal["relative", "mean_square"]
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,14 @@ class Settings:
 
     Attributes:
         objective: ``lossless`` (a model whose loss ties with the lowest that was measured), ``compact`` (smallest
-            model whose loss ties with the original's), ``budget`` (best model with ``keep`` of the cost) or
-            ``paper`` (the published greedy algorithm).
+            model whose loss ties with the original's), ``budget`` (best model with ``keep`` of the cost),
+            ``frontier`` (all ``budgets`` from one calibration, with the smallest one chosen that ``compact`` accepts)
+            or ``paper`` (the published greedy algorithm).
         metric: metric of the factorization, ``euclidean`` (plain SVD), ``activation`` (whitened inputs) or ``fisher``
             (whitened inputs and output gradients).
         keep: share of the factorizable layers' cost that ``budget`` keeps, in (0, 1].
+        budgets: shares of the factorizable layers' cost that ``frontier`` measures, each in (0, 1]; kept in falling
+            order. Shares that no rank can reach are left out, and the message says so.
         cost: what is counted, ``params`` or ``flops`` (multiply-adds of the factorizable layers).
         tolerance: increase of the selection loss that ``lossless`` and ``compact`` accept beyond its noise, absolute.
         score_tolerance: fall of the selection score that they accept beyond its noise, absolute.
@@ -74,6 +79,7 @@ class Settings:
     objective: Objective = "lossless"
     metric: Metric = "fisher"
     keep: float = 0.5
+    budgets: tuple[float, ...] = BUDGETS
     cost: Cost = "params"
     tolerance: float = 0.0
     score_tolerance: float = 0.0
@@ -110,6 +116,7 @@ class Settings:
         _check_choice("cost", self.cost, get_args(Cost))
         _check_choice("variant", self.variant, get_args(PaperVariant))
         _check_number("keep", self.keep, above=0, most=1)
+        object.__setattr__(self, "budgets", _shares("budgets", self.budgets))
         _check_number("confidence", self.confidence, above=0.5, below=1)
         _check_choice("gamma_kind", self.gamma_kind, get_args(GammaKind))
         _check_number("gamma", self.gamma, above=0, most=1 if self.gamma_kind == "relative" else None)
@@ -176,6 +183,14 @@ def _check_number(
 def _check_whole(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")
+
+
+def _shares(name: str, value: object) -> tuple[float, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{name}={value!r} is not a list of shares such as [0.5, 0.3, 0.2]")
+    for share in value:
+        _check_number(f"{name}: {share!r}", share, above=0, most=1)
+    return tuple(sorted({float(share) for share in value}, reverse=True))
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:

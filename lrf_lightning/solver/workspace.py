@@ -22,6 +22,9 @@ from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
 from lrf_lightning.surgery import Candidate, Skipped
 
+# paused passes that are alive at a time, each in a thread of its own
+MOST_RUNS = 256
+
 __all__ = ["Curve", "Progress", "Workspace", "energy_curve", "length"]
 
 Progress = Callable[[str, int, int], None]
@@ -113,10 +116,29 @@ class Workspace:
         A pass of each model keeps about three tensors of the size of the largest input alive. The limit holds for all
         processes together, so that the factors do not depend on how many there are.
         """
-        sample = 6 * max((layer.input_bytes for layer in self.layers.values()), default=0.0)
-        size = self.sampler.samples / max(self.batches, 1)
-        count = max(1, math.floor(self.memory / max(sample * size, 1.0)))
+        count = max(1, math.floor(self.memory / max(2 * self._pass_bytes, 1.0)))
         return itertools.islice(self.calibration, self.processes.share(count))
+
+    def copies_at_once(self, layers: Mapping[str, LayerStatistics]) -> int:
+        """How many compressed copies the compensation may fit in one go, besides the dense model's passes.
+
+        Bounded by the memory of their passes, of the moments of one layer, and of the copies themselves, and by the
+        number of threads. It is the same on all processes.
+        """
+        batches = max(self.batches, 1)
+        passes = self.memory / max(self._pass_bytes * batches, 1.0) - 1
+        widest = max(
+            (16.0 * layer.candidate.groups * layer.candidate.columns**2 for layer in layers.values()), default=0
+        )
+        weights = float(sum(p.numel() * p.element_size() for p in self.model.parameters()))
+        threads = MOST_RUNS / self.processes.share(batches) - 1
+        return max(1, math.floor(min(passes, threads, self.memory / max(widest + weights, 1.0))))
+
+    @property
+    def _pass_bytes(self) -> float:
+        """Memory of one model's half-finished pass over one batch."""
+        sample = 3 * max((layer.input_bytes for layer in self.layers.values()), default=0.0)
+        return sample * self.sampler.samples / max(self.batches, 1)
 
     def evaluate(self, model: nn.Module, split: str, *, keep_logits: bool = False) -> Outcome:
         """Loss and score on a split, over all processes."""

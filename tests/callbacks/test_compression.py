@@ -565,6 +565,19 @@ class TestFiles:
         trainer(callbacks=[callback], logger=CSVLogger(tmp_path)).fit(Classifier(), loader(), loader(seed=1))
         assert (tmp_path / "lightning_logs" / "version_0" / "compressed" / "model.safetensors").is_file()
 
+    def test_every_budget_is_written(self, tmp_path):
+        module = Classifier()
+        options = {"objective": "frontier", "budgets": [0.5, 0.3], "save": True}
+        callback = compression(**options, dirpath=tmp_path / "all")
+        fit(module, callback, val=loader(seed=1))
+        result = callback.result
+        assert result.score_name == "accuracy"
+        assert {path.name for path in (tmp_path / "all" / "points").iterdir()} == {"keep_50", "keep_30"}
+        loaded = load_compressed(Classifier(), tmp_path / "all" / "points" / "keep_30")
+        torch.testing.assert_close(loaded.state_dict(), result.at(0.3).model.state_dict(), rtol=0, atol=0)
+        fit(Classifier(), compression(**options, save_points=False, dirpath=tmp_path / "one"), val=loader(seed=1))
+        assert not (tmp_path / "one" / "points").exists()
+
 
 class Diverges(Classifier):
     """Its loss overflows in validation."""

@@ -54,7 +54,7 @@ def built(problem, ranks, **options):
     options = {"metric": "fisher", "damping": 1e-2, "compensation": True, "loss": loss} | options
     compressed = copy.deepcopy(model)
     chosen = {name: layer for name, layer in layers.items() if name in ranks}
-    fit_layers(model, compressed, chosen, ranks, batches=batches, device=CPU, sampler=sampler, **options)
+    fit_layers(model, [(compressed, ranks)], chosen, batches=batches, device=CPU, sampler=sampler, **options)
     return compressed
 
 

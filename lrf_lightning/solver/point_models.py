@@ -1,0 +1,88 @@
+"""Many compressed models of one original in little memory: only what differs from the original is kept, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lrf_lightning import random_state
+from lrf_lightning.modules import LowRankModule
+from lrf_lightning.surgery import set_structure
+
+if TYPE_CHECKING:
+    from lrf_lightning.solver.result import LayerResult
+
+__all__ = ["PointModels"]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Ranks of all low-rank layers, the tensors that the original has not, and the records of the layers."""
+
+    ranks: dict[str, int]
+    changed: dict[str, Tensor]
+    layers: list[LayerResult]
+
+
+class PointModels:
+    """Compressed models by the ranks that an allocation gave them.
+
+    Args:
+        dense: the original; it is not copied.
+    """
+
+    def __init__(self, dense: nn.Module) -> None:
+        self.dense = dense
+        self._kept: dict[tuple[tuple[str, int], ...], _Kept] = {}
+
+    def keep(self, allocation: Mapping[str, int], model: nn.Module, layers: Sequence[LayerResult]) -> None:
+        """Remember a model that was made from the original, and what became of its layers."""
+        ranks = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankModule)}
+        original = self.dense.state_dict()
+        changed = {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in model.state_dict().items()
+            if isinstance(value, Tensor) and not _same(value, original.get(name))
+        }
+        self._kept[_key(allocation)] = _Kept(ranks, changed, list(layers))
+
+    def build(self, allocation: Mapping[str, int]) -> nn.Module:
+        """A new model like the one that was kept, on the device of the original.
+
+        Raises:
+            KeyError: if none was kept with these ranks.
+        """
+        kept = self._kept[_key(allocation)]
+        model = copy.deepcopy(self.dense)
+        with random_state.preserved():  # new layers draw weights first
+            set_structure(model, kept.ranks)
+        state = {**self.dense.state_dict(), **kept.changed}
+        # low-rank layers are made anew, with a bias that holds nothing yet
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        return model
+
+    def layers(self, allocation: Mapping[str, int]) -> list[LayerResult]:
+        """The records of the layers of a kept model.
+
+        Raises:
+            KeyError: if none was kept with these ranks.
+        """
+        return list(self._kept[_key(allocation)].layers)
+
+
+def _key(allocation: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(allocation.items()))
+
+
+def _same(value: Tensor, original: object) -> bool:
+    return (
+        isinstance(original, Tensor)
+        and value.shape == original.shape
+        and value.dtype == original.dtype
+        and torch.equal(value, original)
+    )
