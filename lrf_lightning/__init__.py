@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrf_lightning.api import CompressionResult, compress
     from lrf_lightning.callbacks.compression import LowRankCompression
+    from lrf_lightning.callbacks.rank_monitor import RankMonitor
     from lrf_lightning.checkpoint import CheckpointError, load_compressed, read_metadata, restore_dense
     from lrf_lightning.solver.evaluation import StepOutput
     from lrf_lightning.solver.settings import Settings
@@ -23,6 +24,7 @@ __all__ = [
     "CompressionResult",
     "LowRankCheckpointMixin",
     "LowRankCompression",
+    "RankMonitor",
     "Settings",
     "StepOutput",
     "compress",
@@ -36,6 +38,7 @@ _HOMES = {
     "CompressionResult": "lrf_lightning.api",
     "LowRankCheckpointMixin": "lrf_lightning.structure_hook",
     "LowRankCompression": "lrf_lightning.callbacks.compression",
+    "RankMonitor": "lrf_lightning.callbacks.rank_monitor",
     "Settings": "lrf_lightning.solver.settings",
     "StepOutput": "lrf_lightning.solver.evaluation",
     "compress": "lrf_lightning.api",

@@ -108,9 +108,9 @@ def in_columns(items: Sequence[T]) -> list[Sequence[T]]:
     return [items[start : start + rows] for start in range(0, len(items), rows)]
 
 
-def short_name(layer: LayerResult) -> str:
-    """The layer's name; in a long one, parts without a number are cut to their first letter, and then the front."""
-    *parents, last = (layer.name or layer.kind).split(".")
+def short_name(layer: LayerResult | str) -> str:
+    """A layer's name; in a long one, parts without a number are cut to their first letter, and then the front."""
+    *parents, last = (layer if isinstance(layer, str) else layer.name or layer.kind).split(".")
     for i, part in enumerate(parents):
         if len(".".join([*parents, last])) > LONGEST_NAME and not any(letter.isdigit() for letter in part):
             parents[i] = part[:1]

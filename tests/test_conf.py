@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from lrf_lightning import LowRankCompression
+from lrf_lightning import LowRankCompression, RankMonitor
 
 RECIPES = ["digits"]
 OPTIONS = ["lossless", "compact", "budget", "frontier", "paper"]
@@ -87,8 +87,9 @@ def test_options_differ_in_the_objective_only(composed, option):
     assert application(composed(f"+compress={option}"))["callbacks"]["compress"] == lossless | {"objective": option}
 
 
-def test_every_argument_has_a_comment(project):
-    lines = (project / "lrf_lightning" / "conf" / "compress" / "lossless.yaml").read_text().splitlines()
+@pytest.mark.parametrize("path", ["compress/lossless.yaml", "callbacks/rank_monitor/default.yaml"])
+def test_every_argument_has_a_comment(project, path):
+    lines = (project / "lrf_lightning" / "conf" / path).read_text().splitlines()
     bare = [line for line in lines if re.match(r"\w+:", line) and not line.startswith("_target_") and " # " not in line]
     assert bare == []
 
@@ -118,6 +119,23 @@ def test_recipe_overrides_the_trainer_and_the_command_line_the_recipe(composed):
     assert composed("trainer.max_epochs=3").trainer.max_epochs == 3
 
 
-def test_only_the_compressions_are_added_to_other_apps(project):
-    options = {path.name for path in (project / "lrf_lightning" / "conf").iterdir() if path.suffix != ".py"}
-    assert options - {"__pycache__"} == {"compress"}
+def test_only_our_own_callbacks_are_added_to_other_apps(project):
+    options = project / "lrf_lightning" / "conf"
+    assert {path.name for path in options.iterdir() if path.suffix != ".py"} - {"__pycache__"} == {
+        "callbacks",
+        "compress",
+    }
+    assert [path.name for path in (options / "callbacks").iterdir()] == ["rank_monitor"]
+
+
+def test_the_rank_monitor_is_a_callback_beside_the_others(composed):
+    cfg = composed("+callbacks/rank_monitor=default", "+compress=compact", "callbacks.rank_monitor.every_n_epochs=5")
+    callbacks = application(cfg)["callbacks"]
+    assert set(callbacks) == {"checkpoint", "compress", "rank_monitor"}
+    node = callbacks["rank_monitor"]
+    assert get_object(node.pop("_target_")) is RankMonitor
+    assert node.pop("_convert_") == "all"
+    parameters = inspect.signature(RankMonitor.__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+    expected = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    assert node == expected | {"every_n_epochs": 5}

@@ -143,6 +143,7 @@ def test_wheel_holds_the_package_the_plugin_and_the_group_only(wheel):
     assert {
         "lrf_lightning/py.typed",
         "lrf_lightning/conf/compress/lossless.yaml",
+        "lrf_lightning/conf/callbacks/rank_monitor/default.yaml",
         "hydra_plugins/lrf_lightning/search_path.py",
         "lrf_lightning-0.1.0.dist-info/licenses/LICENSE",
     } <= names
@@ -174,8 +175,16 @@ def test_other_app_finds_the_group_in_the_wheel(wheel, app, tmp_path):
     searched = run_app(sys.executable, app, "--info", "searchpath", **environment)
     assert "pkg://lrf_lightning.conf" in searched
     config = run_app(
-        sys.executable, app, "+compress=compact", "callbacks.compress.tolerance=0.1", "--cfg", "job", **environment
+        sys.executable,
+        app,
+        "+compress=compact",
+        "callbacks.compress.tolerance=0.1",
+        "+callbacks/rank_monitor=default",
+        "--cfg",
+        "job",
+        **environment,
     )
+    assert "_target_: lrf_lightning.RankMonitor" in config
     assert "_target_: lrf_lightning.LowRankCompression" in config
     assert "objective: compact" in config
     assert "tolerance: 0.1" in config
