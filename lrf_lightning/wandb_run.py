@@ -174,9 +174,13 @@ def _scatter(name: str, points: list[tuple[float, float]], x: str, y: str, title
 
 def _log_frontier(run: Any, result: Solution) -> None:
     prefix = f"{PREFIX}frontier_point/"
-    run.define_metric(f"{prefix}params_model_kept", hidden=True)
-    # the summary would otherwise show the smallest point as if it were the result
-    run.define_metric(f"{prefix}*", step_metric=f"{prefix}params_model_kept", summary="none")
+    kept = f"{prefix}params_model_kept"
+    # every name on its own, since the pattern that WandbLogger defines for all names would win over one of ours; and no
+    # summary, which would show the smallest point as if it were the result
+    run.define_metric(kept, hidden=True, summary="none")
+    for name in FRONTIER_VALUES:
+        if prefix + name != kept:
+            run.define_metric(prefix + name, step_metric=kept, summary="none")
     for row in frontier_rows(result):
         run.log({prefix + name: row[name] for name in FRONTIER_VALUES if row[name] is not None})
 

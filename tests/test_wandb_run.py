@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import struct
 from pathlib import Path
 
 import pytest
@@ -13,51 +12,13 @@ from PIL import Image
 from small_modules import Classifier, loader
 from small_modules import trainer as small_trainer
 from tiny_result import frontier_result, with_certificate
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb_records import items, records
 
 from lrf_lightning.summary import summary
 from lrf_lightning.tables import change_rows, frontier_rows, layer_rows, probe_rows
 from lrf_lightning.verdict import verdict_sentence
 from lrf_lightning.wandb_artifacts import aliases, dense_checkpoint
 from lrf_lightning.wandb_run import Media, log_to_wandb
-
-BLOCK, FULL, FIRST, LAST = 32768, 1, 2, 4
-
-
-def records(path):
-    """The records of an offline run: LevelDB's log format behind a header of 7 bytes."""
-    data = Path(path).read_bytes()
-    assert data[:4] == b":W&B"
-    place, parts = 7, b""
-    while place < len(data):
-        left = BLOCK - place % BLOCK
-        if left < 7:
-            place += left
-            continue
-        _, size, kind = struct.unpack("<IHB", data[place : place + 7])
-        if kind == size == 0:
-            place += left
-            continue
-        chunk = data[place + 7 : place + 7 + size]
-        place += 7 + size
-        parts = chunk if kind in (FULL, FIRST) else parts + chunk
-        if kind in (FULL, LAST):
-            record = Record()
-            record.ParseFromString(parts)
-            yield record
-
-
-def items(message):
-    """The values by key; those of tables and pictures are dictionaries."""
-    values = {}
-    for item in message:
-        value = json.loads(item.value_json)
-        *outer, last = item.nested_key or [item.key]
-        inner = values
-        for key in outer:
-            inner = inner.setdefault(key, {})
-        inner[last] = value
-    return values
 
 
 @pytest.fixture
@@ -149,7 +110,9 @@ def test_an_offline_run_holds_everything(tmp_path, folder, bare_trainer):
     metrics = {
         record.metric.name or record.metric.glob_name: record.metric for record in found if record.HasField("metric")
     }
-    assert metrics["compress/frontier_point/*"].step_metric == "compress/frontier_point/params_model_kept"
+    for name in ("loss", "loss_change", "score", "score_change"):
+        assert metrics[f"compress/frontier_point/{name}"].step_metric == "compress/frontier_point/params_model_kept"
+    assert not [name for name in final if "frontier_point" in name], "the last point is not the result"
 
     config, charts = {}, {}
     for record in found:

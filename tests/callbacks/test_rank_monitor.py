@@ -8,8 +8,8 @@ import wandb
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from small_modules import QUICK, Classifier, loader, trainer
-from test_wandb_run import items, records
 from torch import nn
+from wandb_records import items, records
 
 from lrf_lightning import LowRankCompression, RankMonitor
 from lrf_lightning.callbacks import rank_monitor
