@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrf_lightning import CompressionResult, LowRankCompression
+from lrf_lightning.best_effort import best_effort
 from lrf_lightning.wandb_account import offline_without_account
 from lrf_lightning.wandb_group import grouped_by_sweep
 
@@ -152,7 +153,7 @@ def _finish_wandb() -> None:
     """Close the run, so that the next job of a multirun opens its own."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.finish()
+        best_effort("close the run of W&B", wandb.finish)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+import wandb
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -146,3 +147,13 @@ def test_help_lists_the_groups(project):
     assert done.returncode == 0, done.stderr
     assert "compress: budget, compact, frontier, lossless, paper" in done.stdout
     assert "recipe: digits" in done.stdout
+
+
+def test_a_run_of_wandb_that_cannot_be_closed_is_a_warning(monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb, "run", object())
+    monkeypatch.setattr(wandb, "finish", full)
+    with pytest.warns(UserWarning, match="could not close the run of W&B .OSError: .Errno 28. No space left"):
+        application._finish_wandb()
