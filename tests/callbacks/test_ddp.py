@@ -3,9 +3,12 @@ import os
 import lightning.pytorch as pl
 import pytest
 import torch
+import wandb
+from lightning.pytorch.loggers import WandbLogger
 from small_modules import QUICK, Classifier, loader, trainer
+from wandb_records import items, records
 
-from lrf_lightning import LowRankCompression, load_compressed, tracking
+from lrf_lightning import LowRankCompression, RankMonitor, load_compressed, tracking
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +123,36 @@ def fit_failing(folder, callback, ends, module):
     )
     run.fit(module, loader(), loader(seed=1))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+class Finish(pl.Callback):
+    """What W&B asks of users of strategies that fork."""
+
+    def teardown(self, trainer, pl_module, stage):
+        if trainer.is_global_zero:
+            wandb.finish()
+            wandb.teardown()
+
+
+def test_only_the_first_process_has_a_run_of_wandb(tmp_path):
+    """The run is opened where it is used: a process that is forked cannot go on with the run of another one."""
+    sink = WandbLogger(save_dir=tmp_path / "logs", offline=True, project="shared")
+    run = trainer(
+        callbacks=[RankMonitor(picture=False), compression(tmp_path / "compressed"), Finish()],
+        logger=sink,
+        strategy="ddp_fork",
+        devices=2,
+    )
+    run.fit(Classifier(), loader(), loader(seed=1))
+    (path,) = (tmp_path / "logs").rglob("*.wandb")
+    found = list(records(path))
+    final = {}
+    for record in found:
+        if record.HasField("summary"):
+            final |= items(record.summary.update)
+    assert final["compress/verdict"]
+    assert final["rank_effective/net.2"] > 1
+    assert sum(record.HasField("run") for record in found) == 1
+    names = [record.artifact.name for record in found if record.HasField("artifact")]
+    assert len(names) == len(set(names))
+    assert [name.split("-")[0] for name in names if not name.startswith("run-")] == ["compressed"]
