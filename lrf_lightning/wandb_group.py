@@ -14,10 +14,10 @@ VARIABLE = "WANDB_RUN_GROUP"
 
 @contextmanager
 def grouped_by_sweep() -> Iterator[None]:
-    """Meanwhile, runs that are opened without a group belong to one that is named after the folder of the sweep.
+    """Meanwhile, the environment variable ``WANDB_RUN_GROUP`` is named after the folder of the sweep.
 
-    Outside of a multirun nothing changes, and a group that the user chose, as ``WANDB_RUN_GROUP`` or as the argument
-    ``group`` of the ``WandbLogger``, is respected.
+    W&B itself reads it only once in a process, so it is better handed to a ``WandbLogger`` as
+    ``group: ${oc.env:WANDB_RUN_GROUP,null}``. Outside of a multirun nothing changes, and what the user set stays.
     """
     group = _sweep()
     if group is None or os.environ.get(VARIABLE):

@@ -4,7 +4,7 @@ import pytest
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.loggers import WandbLogger
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lrf_lightning.wandb_group import grouped_by_sweep
@@ -21,16 +21,16 @@ def job(monkeypatch):
     return set_up
 
 
-def opened_group(tmp_path):
-    run = WandbLogger(save_dir=tmp_path, offline=True, group=None).experiment
-    wandb.finish()
-    return run.group
-
-
-def test_jobs_of_a_sweep_are_a_group(job, tmp_path):
-    job(RunMode.MULTIRUN)
+@pytest.mark.parametrize(("mode", "group"), [(RunMode.MULTIRUN, "digits/2030-01-31"), (RunMode.RUN, "")])
+def test_jobs_of_a_sweep_are_a_group(job, project, tmp_path, mode, group):
+    job(mode)
+    node = OmegaConf.load(project / "conf" / "logger" / "wandb.yaml").wandb
+    node.merge_with({"save_dir": str(tmp_path), "offline": True, "tags": []})
     with grouped_by_sweep():
-        assert opened_group(tmp_path) == "digits/2030-01-31"
+        run = instantiate(node).experiment
+    wandb.finish()
+    wandb.teardown()  # it remembers the environment
+    assert (run.group or "") == group
     assert "WANDB_RUN_GROUP" not in os.environ
 
 
