@@ -89,7 +89,8 @@ def _images(samples: int, seed: int = 0) -> Batches:
     return [(torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))) for _ in range(samples // BATCH)]
 
 
-def _tokens(samples: int, width: int, seed: int = 0) -> Batches:
+def tokens(samples: int, width: int, seed: int = 0) -> Batches:
+    """Random tokens of shape (250, 16, width) and class indices, in batches."""
     torch.manual_seed(seed)
     return [(torch.randn(BATCH, 16, width), torch.randint(10, (BATCH,))) for _ in range(samples // BATCH)]
 
@@ -196,7 +197,7 @@ def _growth(what: str) -> str:
     ]
     for count in counts:
         depth, samples = (count, SAMPLES) if what == "layers" else (16, count)
-        model, batches = Chain(depth, WIDTH).eval(), _tokens(samples, WIDTH)
+        model, batches = Chain(depth, WIDTH).eval(), tokens(samples, WIDTH)
         plain = _plain_pass(model, batches)
         solve = sum(_solve(model, batches).seconds.values())
         per = f"{1000 * solve / count:.3g}"
@@ -215,7 +216,7 @@ def _decompositions() -> str:
     for rows, columns in SHAPES:
         torch.manual_seed(0)
         weight = torch.randn(1, rows, columns, dtype=torch.float64)
-        moments = [_moment(size) for size in (columns, rows)]
+        moments = [moment(size) for size in (columns, rows)]
         ours = _median(lambda weight=weight, moments=moments: factorize(weight, *moments, damping=1e-2))  # type: ignore[misc]
         square = torch.randn(1024, 1024, dtype=torch.float64)
         product = _median(lambda square=square: square @ square)  # type: ignore[misc]
@@ -224,7 +225,8 @@ def _decompositions() -> str:
     return "\n".join(lines)
 
 
-def _moment(size: int) -> Tensor:
+def moment(size: int) -> Tensor:
+    """A second moment of full rank, shape (1, size, size)."""
     x = torch.randn(2 * size, size, dtype=torch.float64)
     return (x.T @ x / len(x))[None]
 
@@ -240,7 +242,7 @@ def _median(function: Callable[[], object], repeats: int = 3) -> float:
 
 def _peak(memory_gib: float | None) -> tuple[float | None, float, float]:
     """The setting, peak resident memory in MiB and processor seconds of a solve; without one, of plain passes."""
-    model, batches = Chain(24, 768).eval(), _tokens(500, 768)
+    model, batches = Chain(24, 768).eval(), tokens(500, 768)
     started = time.process_time()
     if memory_gib is None:
         _plain_pass(model, batches, 1)

@@ -2,7 +2,8 @@
 
 The solver needs ``loss(model, batch)``. :class:`StepLoss` calls the module's ``validation_step``, which has no
 augmentation, or its ``training_step`` if the former gives no loss that gradients flow through. It is decided once, on
-the first batch, from the first of these that yields a loss:
+the first batch, from the first of these that yields a loss; processes that solve together take what the first of them
+finds:
 
 1. what ``validation_step`` returns: a scalar tensor, the first tensor of a tuple, or the value under ``"loss"``;
 2. the one value that ``validation_step`` logs under a name such as ``val/loss``;
@@ -25,7 +26,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +37,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lrf_lightning.distributed import Processes
 from lrf_lightning.loss_calls import agrees
-from lrf_lightning.solver.evaluation import StepOutput, batch_size
+from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode
 from lrf_lightning.step_record import StepRecord, run_step
 
 __all__ = ["Score", "StepLoss"]
@@ -86,6 +88,24 @@ class StepLoss:
             name = getattr(self.score, "__name__", type(self.score).__name__)
             return "" if name == "<lambda>" else str(name)
         return "" if self.loss is not None else "accuracy"  # the only score that is found in a loss
+
+    def agree(self, module: nn.Module, batches: Iterable[Any], processes: Processes) -> None:
+        """Let all processes take the loss from where the first one finds it, on the first of all batches.
+
+        A step that fails on one process only would otherwise make that process alone take another one.
+
+        Raises:
+            PeerError: if the first process finds no loss.
+            ValueError: on the first process, see :meth:`__call__`.
+        """
+        if processes.size == 1 or self.loss is not None:
+            return
+        with processes.together("looking for the loss"):
+            batch = next(iter(batches), None) if processes.rank == 0 else None
+            if batch is not None:
+                with evaluation_mode(module):
+                    self(module, batch)
+        self._source = processes.of_first(self._source)
 
     def __call__(self, module: nn.Module, batch: Any) -> StepOutput:
         """Loss and score of one batch, which must be on the module's device.

@@ -297,6 +297,7 @@ class LowRankCompression(Callback):
             shares = [dealt(getattr(loaders, role), processes) for role in ROLES]
             batches = [DeviceBatches(share, trainer, host, device, seed=seed, processes=processes) for share in shares]
             loss = StepLoss(trainer, score=self.score, loss=self.loss)
+            loss.agree(module, batches[0], processes)
             result = compress(
                 module,
                 loss,

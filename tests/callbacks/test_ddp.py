@@ -92,6 +92,13 @@ class FailsOnOne(Classifier):
             raise ArithmeticError("broken on one process")
 
 
+class FailsToValidateOnOne(FailsOnOne):
+    """Could still take the loss from its training step there, which the other process does not."""
+
+    def training_step(self, batch, batch_idx):
+        return Classifier.training_step(self, batch, batch_idx)
+
+
 class EndsFit(pl.Callback):
     def setup(self, trainer, pl_module, stage):
         trainer.fit_ends = False
@@ -100,11 +107,10 @@ class EndsFit(pl.Callback):
         trainer.fit_ends = True
 
 
-def test_a_failure_on_one_process_is_reported_on_all(tmp_path):
+@pytest.mark.parametrize("module", [FailsOnOne, FailsToValidateOnOne])
+def test_a_failure_on_one_process_is_reported_on_all(tmp_path, module):
     callback = compression(tmp_path / "compressed")
-    ends = EndsFit()
-    module = FailsOnOne()
-    outcomes = fit_failing(tmp_path, callback, ends, module)
+    outcomes = fit_failing(tmp_path, callback, EndsFit(), module())
     for outcome in outcomes:
         assert outcome["failed"] == 1
         assert outcome["ranks"] is None
