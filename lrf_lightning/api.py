@@ -59,6 +59,7 @@ class CompressionResult(Solution):
         point = max(fitting, key=lambda point: point.keep)
         model = self.point_models.build(point.ranks)
         settle(model)
+        latency = self.latency_layers
         return dataclasses.replace(
             self,
             model=model,
@@ -69,6 +70,7 @@ class CompressionResult(Solution):
             params_model=(self.params_model[0], point.params_model),
             params_layers=(self.params_layers[0], point.params_layers),
             flops_layers=(self.flops_layers[0], point.flops_layers),
+            latency_layers=latency and (latency[0], latency[0] * point.keep),
             changes=[],
             message=f"Taken from the frontier at {point.keep:.4f} of the {self.settings.cost}.",
         )

@@ -35,8 +35,8 @@ def describe(solution: Solution) -> dict[str, Any]:
     Returns:
         ``format_version``, ``library_version``, ``ranks`` of all low-rank layers by name, ``factorized`` (their kind,
         shape of the dense weight and rank), ``layers``, ``frontier``, ``dense`` (on the selection split),
-        ``certificate``, ``settings``, ``params_model``, ``params_layers`` and ``flops_layers`` (before and after),
-        ``message``, ``seconds`` and ``samples``.
+        ``certificate``, ``settings``, ``params_model``, ``params_layers``, ``flops_layers`` and ``latency_layers``
+        (before and after), ``message``, ``seconds`` and ``samples``.
     """
     from lrf_lightning import __version__
 

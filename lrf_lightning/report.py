@@ -166,7 +166,12 @@ def _choice(result: Solution) -> str:
     before, after = result.flops_layers
     kept = share(after, before)
     flops = "" if kept is None else f" Multiply-adds of the factorizable layers: {100 * (kept - 1):+.1f} %."
-    return f"Choice: {result.message}{flops}"
+    return f"Choice: {result.message}{flops}{_measured_time(result)}"
+
+
+def _measured_time(result: Solution) -> str:
+    kept = None if result.latency_layers is None else share(result.latency_layers[1], result.latency_layers[0])
+    return "" if kept is None else f" Their time, added up from single layers: {100 * (kept - 1):+.1f} %."
 
 
 def _time(result: Solution) -> str:

@@ -7,6 +7,8 @@ The names are those of W&B's run summary, of ``trainer.callback_metrics`` and of
 ``compress/params_layers_before``         weight entries of the factorizable layers; ``_after``; ``_kept``
 ``compress/params_factorized_before``     weight entries of the layers that were factorized; ``_after``; ``_kept``
 ``compress/flops_layers_before``          multiply-adds per sample of the factorizable layers; ``_after``; ``_kept``
+``compress/latency_layers_before``        seconds per sample of the factorizable layers with ``cost="latency"``, added
+                                          up from measured layers; ``_after``; ``_kept``
 ``compress/layers_factorized``            number of layers that are factorized, ``layers_dense`` of factorizable layers
                                           that stay dense, ``layers_left_alone`` of layers that cannot be factorized
 ``compress/loss_dense``                   loss on the verification split; ``loss_compressed``
@@ -47,10 +49,11 @@ PREFIX = "compress/"
 def summary(result: Solution) -> dict[str, float]:
     """All figures of a result under the names of this module's table."""
     figures: dict[str, float | None] = {}
-    pairs = {
+    pairs: dict[str, tuple[float | None, float | None]] = {
         "params_model": result.params_model,
         "params_layers": result.params_layers,
         "params_factorized": factorized_params(result),
+        "latency_layers": result.latency_layers or (None, None),
         "flops_layers": result.flops_layers if result.flops_layers[0] else (None, None),
     }
     for name, (before, after) in pairs.items():

@@ -2,8 +2,8 @@
 
 Every function returns a list of dictionaries with the same keys, which are the column names: ``*_kept`` are shares of
 the original between 0 and 1 (``cost_kept`` of what the setting ``cost`` counts), ``params_*`` count parameters,
-``flops_*`` multiply-adds per sample, and the losses are in the unit of the user's loss. What is unknown is None, an
-empty cell in a CSV file.
+``flops_*`` multiply-adds per sample, ``latency_*`` are measured seconds per sample, and the losses are in the unit of
+the user's loss. What is unknown is None, an empty cell in a CSV file.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def layer_rows(result: Solution) -> list[Row]:
             "params_after": layer.params_after,
             "flops_before": layer.flops_before or None,
             "flops_after": layer.flops_after or None,
+            "latency_before": layer.latency_before,
+            "latency_after": layer.latency_after,
             "predicted_change": layer.predicted_change,
             "predicted_error": layer.predicted_error,
             "reason": layer.reason,

@@ -34,6 +34,7 @@ def _isolated(tmp_path, monkeypatch):
         folder = tmp_path / ".wandb"
         folder.mkdir(exist_ok=True)
         monkeypatch.setenv(name, str(folder))
+    monkeypatch.setenv("LRF_LIGHTNING_CACHE", str(tmp_path / ".cache"))
     environment = {name: os.environ.get(name) for name in LEAKY}
     yield
     assert {name: os.environ.get(name) for name in LEAKY} == environment, "a test changed the launcher's environment"

@@ -97,7 +97,7 @@ class LowRankCompression(Callback):
         metric: metric of the factorization.
         keep: share of the factorizable layers' cost that ``objective="budget"`` keeps, in (0, 1].
         budgets: shares of that cost that ``objective="frontier"`` measures, each in (0, 1].
-        cost: what is counted, ``params`` or ``flops``.
+        cost: what is counted, ``params``, ``flops`` or ``latency``, the time measured on the device at hand.
         tolerance: increase of the selection loss that is accepted beyond its noise.
         score_tolerance: fall of the selection score that is accepted beyond its noise.
         ties: paired standard errors within which differences on the selection split count as ties.

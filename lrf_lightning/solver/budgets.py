@@ -73,7 +73,7 @@ def _note(frontier: Frontier) -> str:
     if not missed:
         return ""
     note = (
-        f"Budgets below {frontier.lowest:.4f} of the {settings.cost} cannot be reached (rank 1 in every layer); "
+        f"Budgets below {frontier.lowest:.4f} of the {settings.cost} cannot be reached by any ranks; "
         f"left out: {', '.join(missed)}."
     )
     warnings.warn(note, stacklevel=2)

@@ -71,13 +71,13 @@ class Frontier:
         Ranks outside the perturbation range are taken only if the budget cannot be met inside it.
 
         Raises:
-            ValueError: if even rank 1 everywhere costs more.
+            ValueError: if even the cheapest ranks cost more.
         """
         budget = keep * self.work.dense_cost
         within = cheapest(self._allowed) <= budget
         if not within and cheapest(self._all) > budget:
             raise ValueError(
-                f"keep={keep:g} cannot be reached: rank 1 in every layer keeps {self.lowest:.4f} of the "
+                f"keep={keep:g} cannot be reached: the cheapest ranks of all layers keep {self.lowest:.4f} of the "
                 f"{self.work.settings.cost} of the {len(self.work.layers)} factorizable layers; "
                 f"use keep >= {math.ceil(self.lowest * 1e4) / 1e4:g}"
             )
@@ -151,10 +151,10 @@ class Frontier:
 
     def walk(self) -> list[FrontierPoint]:
         """Measure ``settings.points`` shares from 0.9 to 0.1 of the cost, equally spaced on a logarithmic scale."""
-        lowest = self.lowest
-        last = max(SMALLEST_SHARE, min(lowest * 1.01, LARGEST_SHARE))
-        count = self.work.settings.points
-        shares = [LARGEST_SHARE * (last / LARGEST_SHARE) ** (i / (count - 1)) for i in range(count)]
+        lowest, count = min(self.lowest * 1.01, 1.0), self.work.settings.points
+        first = max(LARGEST_SHARE, (1 + lowest) / 2)
+        last = max(SMALLEST_SHARE, lowest)
+        shares = [first * (last / first) ** (i / (count - 1)) for i in range(count)]
         self.measure_shares(shares)
         return self.points
 
@@ -286,7 +286,7 @@ def _paired_error(differences: Tensor, weights: Tensor) -> float:
 
 
 def _options(work: Workspace, *, only_allowed: bool) -> dict[str, list[Option]]:
-    """Every layer's choices: dense, and the ranks on the grid of ``rank_multiple``."""
+    """Every layer's choices: dense, and the ranks on the grid of ``rank_multiple`` that are worth it."""
     options: dict[str, list[Option]] = {}
     for name, layer in work.layers.items():
         curve, multiple = work.curves[name], work.rank_multiple
@@ -296,7 +296,7 @@ def _options(work: Workspace, *, only_allowed: bool) -> dict[str, list[Option]]:
         choices += [
             Option(rank, work.cost(layer, rank), float(curve.change[rank - 1]))
             for rank in grid
-            if not only_allowed or bool(curve.allowed[rank - 1])
+            if (not only_allowed or bool(curve.allowed[rank - 1])) and work.is_worthwhile(layer, rank)
         ]
         options[name] = choices
     return options

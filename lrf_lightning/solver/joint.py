@@ -165,6 +165,9 @@ def _choose(work: Workspace, dense: Outcome) -> _Choice:
     settings, frontier = work.settings, Frontier(work, dense)
     dense_params = _count(work.model)
     chosen: FrontierPoint | None
+    if settings.cost == "latency" and settings.objective != "paper" and frontier.lowest >= 1:
+        message = f"At no rank is any layer measurably faster than the dense one on {work.device}."
+        return _Choice(copy.deepcopy(work.model), dense, message)
     if settings.objective == "frontier":
         return _choose_budgets(frontier)
     if settings.objective == "paper":
@@ -263,6 +266,7 @@ def _solution(
         seconds=dict(work.seconds),
         samples=dict(work.samples),
         changes=changed_samples(before, after),
+        latency_layers=_latencies(work, ranks),
         point_models=choice.models,
     )
 
@@ -275,7 +279,7 @@ def _layer_results(work: Workspace, ranks: dict[str, int]) -> list[LayerResult]:
 def _layer_result(work: Workspace, layer: LayerStatistics, ranks: dict[str, int]) -> LayerResult:
     candidate, curve = layer.candidate, work.curves[layer.candidate.name]
     rank = ranks.get(candidate.name)
-    prediction = curve.prediction
+    prediction, latency = curve.prediction, work.latencies.get(candidate.name)
     weight = candidate.module._parameters["weight"]
     assert weight is not None
     return LayerResult(
@@ -288,6 +292,8 @@ def _layer_result(work: Workspace, layer: LayerStatistics, ranks: dict[str, int]
         params_after=candidate.dense_params if rank is None else candidate.low_rank_params(rank),
         flops_before=layer.flops(None),
         flops_after=layer.flops(rank),
+        latency_before=None if latency is None else latency.seconds(None),
+        latency_after=None if latency is None else latency.seconds(rank),
         predicted_change=None if rank is None else float(curve.change[rank - 1]),
         predicted_error=None if rank is None else float(prediction.standard_error[rank - 1]),
         curve=LayerCurve(
@@ -312,6 +318,16 @@ def _skipped_result(model: nn.Module, skipped: Skipped) -> LayerResult:
     shape = () if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) else tuple(weight.shape)
     count = 0 if not shape or weight is None else weight.numel()
     return LayerResult(skipped.name, skipped.kind, shape, 0, None, count, count, reason=skipped.reason)
+
+
+def _latencies(work: Workspace, ranks: dict[str, int]) -> tuple[float, float] | None:
+    if not work.latencies:
+        return None
+    before, after = (
+        sum(latency.seconds(chosen.get(name)) for name, latency in work.latencies.items())
+        for chosen in (dict[str, int](), ranks)
+    )
+    return before, after
 
 
 def _reasons(skipped: list[Skipped]) -> str:

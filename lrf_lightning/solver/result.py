@@ -105,6 +105,8 @@ class LayerResult:
         params_after: entries of both factors, or of the weight if it stays dense.
         flops_before: multiply-adds per sample of the dense layer, 0 where unknown.
         flops_after: multiply-adds per sample afterwards.
+        latency_before: seconds per sample of the dense layer, None unless they were measured.
+        latency_after: seconds per sample afterwards.
         predicted_change: change of the loss predicted for this layer alone, None if it stays dense.
         predicted_error: standard error of the first-order part of the prediction.
         reason: why the layer was left alone; empty for layers that the allocation could choose.
@@ -120,6 +122,8 @@ class LayerResult:
     params_after: int
     flops_before: int = 0
     flops_after: int = 0
+    latency_before: float | None = None
+    latency_after: float | None = None
     predicted_change: float | None = None
     predicted_error: float | None = None
     reason: str = ""
@@ -131,7 +135,7 @@ class FrontierPoint:
     """One allocation, with compensation, measured on the selection split.
 
     Attributes:
-        keep: share of the factorizable layers' cost (parameters or FLOPs) that is kept.
+        keep: share of the factorizable layers' cost (parameters, FLOPs or latency) that is kept.
         ranks: rank of every factorized layer by name; layers that are missing stay dense.
         params_model: parameters of the whole model.
         params_layers: weight entries of the factorizable layers.
@@ -248,6 +252,8 @@ class Solution:
         params_model: parameters of the whole model, before and after.
         params_layers: weight entries of the factorizable layers, before and after.
         flops_layers: multiply-adds per sample of the factorizable layers, before and after.
+        latency_layers: seconds per sample of the factorizable layers, before and after, added up from the
+            measured layers; None unless ``cost="latency"``.
         message: one sentence on how the choice was made, or why there was none.
         seconds: wall-clock seconds of every stage by name.
         samples: number of samples in every split by name.
@@ -271,5 +277,6 @@ class Solution:
     seconds: dict[str, float]
     samples: dict[str, int]
     changes: list[SampleChange] = field(default_factory=list)
+    latency_layers: tuple[float, float] | None = None
     point_models: PointModels | None = field(default=None, repr=False, compare=False)
     score_name: str = ""

@@ -14,7 +14,7 @@ __all__ = ["BUDGETS", "Cost", "GammaKind", "Metric", "Objective", "PaperVariant"
 
 Objective = Literal["lossless", "compact", "budget", "frontier", "paper"]
 Metric = Literal["euclidean", "activation", "fisher"]
-Cost = Literal["params", "flops"]
+Cost = Literal["params", "flops", "latency"]
 Prediction = Literal["loss", "energy"]
 PaperVariant = Literal["lossless", "compact"]
 GammaKind = Literal["relative", "mean_square"]
@@ -36,7 +36,9 @@ class Settings:
         keep: share of the factorizable layers' cost that ``budget`` keeps, in (0, 1].
         budgets: shares of the factorizable layers' cost that ``frontier`` measures, each in (0, 1]; kept in falling
             order. Shares that no rank can reach are left out, and the message says so.
-        cost: what is counted, ``params`` or ``flops`` (multiply-adds of the factorizable layers).
+        cost: what is counted, ``params``, ``flops`` (multiply-adds of the factorizable layers) or ``latency`` (their
+            time, measured on the device at hand for every shape of layer and kept in the user's cache folder; a layer
+            gets only ranks that were measured to be faster than the dense layer).
         tolerance: increase of the selection loss that ``lossless`` and ``compact`` accept beyond its noise, absolute.
         score_tolerance: fall of the selection score that they accept beyond its noise, absolute.
         ties: noise of the selection split: differences within this many paired standard errors, and within half the
@@ -56,8 +58,8 @@ class Settings:
         range_factor: a rank is inside the perturbation range while measured and predicted change differ by no more
             than this factor, at least 1.
         rows_per_feature: sampled input rows per input dimension of a layer that the second moments are taken over.
-        rank_multiple: ranks are rounded to a multiple of this where the layer is large enough; None is 8 on CUDA and 1
-            elsewhere.
+        rank_multiple: ranks are rounded to a multiple of this where the layer is large enough; None is 8 on CUDA and
+            with ``cost="latency"``, and 1 elsewhere.
         memory_gib: GiB that the statistics of layers, and the half-finished passes of the compensation, may take on
             every process; layers are processed in groups that fit, and a single layer may exceed it.
         include: shell patterns on module names; empty means all.

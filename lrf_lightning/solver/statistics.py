@@ -23,6 +23,7 @@ from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, step, to_device
 from lrf_lightning.solver.factorization import LARGEST_SIDE
 from lrf_lightning.solver.hooks import frozen_parameters, observe_gradients
+from lrf_lightning.solver.layer_input import LayerInput
 from lrf_lightning.solver.rows import RowReader, UnreadableRowsError, row_reader
 from lrf_lightning.surgery import Candidate
 
@@ -101,16 +102,20 @@ class TiedUse:
     """What one pass says about modules that read a layer's weight transposed, in their own orientation.
 
     Attributes:
+        module: the first of them.
         reader: how their rows are read.
         inputs: moment of their input rows, which belong to the output side of the layer.
         gradients: moment of their output-gradient rows, which belong to the input side of the layer.
         rows_per_sample: tokens per sample.
+        observed: the input of their first call, None if they never ran.
     """
 
+    module: nn.Module
     reader: RowReader
     inputs: Moment
     gradients: Moment
     rows_per_sample: float = 0.0
+    observed: LayerInput | None = None
 
 
 @dataclass
@@ -124,6 +129,7 @@ class LayerStatistics:
         gradients: moment of the output-gradient rows.
         samples: calibration samples of all processes, whether the layer ran on them or not.
         rows_per_sample: tokens or positions per sample, the mean over the calls.
+        observed: the input of its first call, None if it never ran.
         repeated: whether it runs several times in one pass.
         input_bytes: largest size of its input per sample.
         order: place of the layer's first call in the execution order, -1 if it never ran.
@@ -138,6 +144,7 @@ class LayerStatistics:
     gradients: Moment = field(default_factory=Moment)
     samples: int = 0
     rows_per_sample: float = 0.0
+    observed: LayerInput | None = None
     repeated: bool = False
     input_bytes: float = 0.0
     order: int = -1
@@ -235,6 +242,7 @@ def collect_statistics(
             layer.problem = str(error)
             return None
         calls[name, use.transposed] += available * size
+        part.observed = part.observed or LayerInput.of(x, size, available * size)
 
         def on_gradient(grad: Tensor) -> None:
             grad_rows = part.reader.gradients(grad, positions, size)
@@ -361,7 +369,7 @@ def _empty(model: nn.Module, candidate: Candidate) -> LayerStatistics:
         twin = model.get_submodule(candidate.transposed[0])
         mirrored = replace(candidate, module=twin, rows=candidate.columns, columns=candidate.rows)
         layer.tied = TiedUse(
-            row_reader(mirrored), Moment(diagonal=not whole_outputs), Moment(diagonal=not whole_inputs)
+            twin, row_reader(mirrored), Moment(diagonal=not whole_outputs), Moment(diagonal=not whole_inputs)
         )
     return layer
 
@@ -414,7 +422,15 @@ def _merge(
     if processes.size == 1:
         return samples
     own = {
-        name: (layer.order, layer.repeated, layer.input_bytes, layer.problem, calls[name, False], calls[name, True])
+        name: (
+            layer.order,
+            layer.repeated,
+            layer.input_bytes,
+            layer.problem,
+            calls[name, False],
+            calls[name, True],
+            (layer.observed, None if layer.tied is None else layer.tied.observed),
+        )
         for name, layer in layers.items()
     }
     gathered = processes.gather((samples, own))
@@ -427,6 +443,9 @@ def _merge(
         layer.repeated, layer.input_bytes = any(f[1] for f in facts), max(f[2] for f in facts)
         layer.problem = next((f[3] for f in facts if f[3]), "")
         calls[name, False], calls[name, True] = sum(f[4] for f in facts), sum(f[5] for f in facts)
+        for use, part in ((False, layer), (True, layer.tied)):
+            if part is not None:
+                part.observed = next((f[6][use] for f in facts if f[6][use] is not None), None)
         if layer.problem or layer.order < 0:
             continue
         tied = () if layer.tied is None else (layer.tied.inputs, layer.tied.gradients)

@@ -17,6 +17,7 @@ from lrf_lightning.distributed import ALONE, Processes, assigned
 from lrf_lightning.solver.curves import Prediction
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
 from lrf_lightning.solver.factorization import Factors, decomposition_cost, factorize
+from lrf_lightning.solver.latency import LayerLatency
 from lrf_lightning.solver.probes import Probe
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
@@ -65,6 +66,7 @@ class Workspace:
         layers: usable layers in execution order.
         skipped: layers left alone.
         curves: predictions for every usable layer.
+        latencies: measured times of every usable layer, empty unless the setting ``cost`` asks for them.
         sampler: chooses the rows that moments are taken over.
         batches: number of calibration batches of all processes, 0 if unknown.
         keeps_gradients: whether the moments of all gradients are in memory; else they are collected anew when needed.
@@ -82,18 +84,25 @@ class Workspace:
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     curves: dict[str, Curve] = field(default_factory=dict)
+    latencies: dict[str, LayerLatency] = field(default_factory=dict)
     sampler: RowSampler = field(default_factory=lambda: RowSampler(1, 1, 0))
     batches: int = 0
     keeps_gradients: bool = True
     samples: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def cost(self, layer: LayerStatistics, rank: int | None) -> int:
-        """Cost of a layer at a rank, dense for None, in the unit of the setting ``cost``."""
+    def cost(self, layer: LayerStatistics, rank: int | None) -> float:
+        """Cost of a layer at a rank, dense for None, in the unit of the setting ``cost``: latency is in seconds."""
+        if self.settings.cost == "latency":
+            return self.latencies[layer.candidate.name].seconds(rank)
         if self.settings.cost == "flops":
             return layer.flops(rank)
         candidate = layer.candidate
         return candidate.dense_params if rank is None else candidate.low_rank_params(rank)
+
+    def is_worthwhile(self, layer: LayerStatistics, rank: int) -> bool:
+        """Whether a rank below break-even saves what counts; with ``cost="latency"`` that is measured."""
+        return self.settings.cost != "latency" or self.latencies[layer.candidate.name].is_faster(rank)
 
     @property
     def calibration(self) -> Batches:
@@ -107,8 +116,9 @@ class Workspace:
 
     @property
     def rank_multiple(self) -> int:
-        """What ranks are rounded to: by default 8 on CUDA, where matrix units work on tiles of that size, else 1."""
-        return self.settings.rank_multiple or (8 if self.device.type == "cuda" else 1)
+        """What ranks are rounded to: by default 8 where time counts and on CUDA (sizes of tiles), else 1."""
+        tiled = self.device.type == "cuda" or self.settings.cost == "latency"
+        return self.settings.rank_multiple or (8 if tiled else 1)
 
     def compensation_batches(self) -> Batches:
         """This process's part of as many calibration batches as may be in the middle of a pass at once.
@@ -131,7 +141,8 @@ class Workspace:
             (16.0 * layer.candidate.groups * layer.candidate.columns**2 for layer in layers.values()), default=0
         )
         weights = float(sum(p.numel() * p.element_size() for p in self.model.parameters()))
-        threads = MOST_RUNS / self.processes.share(batches) - 1
+        # the first process has the most batches
+        threads = MOST_RUNS / math.ceil(batches / self.processes.size) - 1
         return max(1, math.floor(min(passes, threads, self.memory / max(widest + weights, 1.0))))
 
     @property
@@ -210,7 +221,7 @@ class Workspace:
         return factors
 
     @property
-    def dense_cost(self) -> int:
+    def dense_cost(self) -> float:
         """Cost of all usable layers when they are dense."""
         return sum(self.cost(layer, None) for layer in self.layers.values())
 

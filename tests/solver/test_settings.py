@@ -23,7 +23,11 @@ def test_defaults_are_those_of_the_documentation():
         ("objective", "compress", "objective='compress' is unknown, allowed are 'lossless', 'compact', 'budget'"),
         ("metric", "Fisher", "metric='Fisher' is unknown.*; did you mean 'fisher'"),
         ("metric", None, "metric=None is unknown"),
-        ("cost", "latncy", "cost='latncy' is unknown, allowed are 'params', 'flops'"),
+        (
+            "cost",
+            "latncy",
+            "cost='latncy' is unknown, allowed are 'params', 'flops', 'latency'; did you mean 'latency'",
+        ),
         ("variant", "small", "variant='small' is unknown, allowed are 'lossless', 'compact'"),
         ("gamma_kind", "relativ", "gamma_kind='relativ' is unknown.*; did you mean 'relative'"),
     ],
