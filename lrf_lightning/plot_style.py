@@ -40,7 +40,7 @@ DOTS_PER_INCH = 110
 # a page of panels takes about a second to draw, and the tables hold all layers
 MOST_LAYERS = 72
 # W&B shows a picture as large as the screen at most, where more rows than this could not be read
-MOST_ROWS = 30
+MOST_ROWS = MOST_LAYERS // 2
 LONGEST_NAME = 30
 
 STYLE: dict[str, Any] = {

@@ -34,7 +34,7 @@ def spectra_over_time(history: Mapping[int, Mapping[str, Spectrum]]) -> Figure:
     names = [name for name in latest if name in largest]
     rows = max(1, math.ceil(len(names) / COLUMNS))
     height = 1.25 + 1.75 * rows
-    scale, colours = Normalize(epochs[0], max(epochs[-1], epochs[0] + 1)), colormaps[COLOURS]
+    scale, colours = Normalize(min(epochs[0], epochs[-1] - 1), epochs[-1]), colormaps[COLOURS]
     with style():
         figure = Figure(figsize=(11, height))
         # fixed margins in inches: a layout engine would take most of the time of the picture

@@ -1,3 +1,4 @@
+import matplotlib
 import torch
 from test_plots import assert_readable
 
@@ -46,4 +47,6 @@ def test_one_epoch_and_a_weight_of_zeros():
     one = history(2, (7,))
     name = next(iter(one[7]))
     one[7][name] = Spectrum(1, 4, torch.zeros(4, dtype=torch.float64), 0.0, 0.0, 0, 1.0)
-    assert_readable(spectra_over_time(one))
+    figure = spectra_over_time(one)
+    assert_readable(figure)
+    assert figure.axes[1].lines[0].get_color() == matplotlib.colormaps["cividis"](0), "the latest one is the darkest"

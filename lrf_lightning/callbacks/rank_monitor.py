@@ -107,6 +107,7 @@ class RankMonitor(Callback):
         self._clock = Clock({})
         self._folder = Path()
         self._batches: list[Any] | None = None
+        self._loss: StepLoss | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the patterns.
@@ -121,7 +122,7 @@ class RankMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self.history, self._batches = {}, None
+        self.history, self._batches, self._loss = {}, None, None
         shares = {what: part * self.max_share for what, part in PARTS.items()}
         self._clock = Clock(shares, _expected(pl_module, self.include, self.exclude))
         self._folder = run_folder(trainer) / "ranks"  # asks all processes
@@ -141,6 +142,7 @@ class RankMonitor(Callback):
         """Make once what was never made, and draw the whole training."""
         missing = [what for what in self._wanted if what == "draw" or what not in self._clock.costs]
         self._measure(trainer, pl_module, self._clock.due(missing, grace=GRACE))
+        self._batches = self._loss = None
 
     @property
     def _wanted(self) -> list[str]:
@@ -179,10 +181,11 @@ class RankMonitor(Callback):
         with undisturbed(trainer):
             if self._batches is None:
                 self._batches = self._read(trainer, pl_module, compression)
+            self._loss = self._loss or StepLoss(trainer, loss=compression.loss)
             module, host = detached_copy(pl_module), detached_copy(pl_module).eval()
             found: Forecast = forecast(
                 module.to(device),
-                StepLoss(trainer, loss=compression.loss),
+                self._loss,
                 DeviceBatches(self._batches, trainer, host.to(device), device),
                 device,
                 compression.settings,
