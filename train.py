@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,8 +24,12 @@ from rich.table import Table
 
 from lrf_lightning import CompressionResult, LowRankCompression
 from lrf_lightning.best_effort import best_effort
+from lrf_lightning.training_cache import fit_once, source_files
 from lrf_lightning.wandb_account import offline_without_account
 from lrf_lightning.wandb_group import grouped_by_sweep
+
+# parts of the config that do not decide the training
+AFTER_TRAINING = ("cache_dir", "compress_margins", "logger", "optimized_metric", "paths", "task_name", "test", "train")
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,13 +57,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
     compression = next((item for item in callbacks if isinstance(item, LowRankCompression)), None)
-    if cfg.train:
-        trainer.fit(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
-    else:
-        # loads the checkpoint and tells the trainer its data
-        trainer.validate(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path, verbose=False)
-        if compression is not None:
-            compression.compress_now(trainer, model)
+    trained = _train(cfg, trainer, model, datamodule, compression)
+    if not trained and compression is not None:
+        compression.compress_now(trainer, model)
     metrics = dict(trainer.callback_metrics)
     result = None if compression is None else compression.result
     if cfg.test:
@@ -74,6 +77,72 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
         _finish_wandb()
     _say(f"Everything that was written is in {cfg.paths.output_dir}")
     return _objective(metrics, cfg.optimized_metric)
+
+
+def _train(
+    cfg: DictConfig,
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule,
+    compression: LowRankCompression | None,
+) -> bool:
+    """Train, or load what was trained; says whether there was a fit, at whose end the compression works by itself."""
+    cache = _cache_folder(cfg)
+    if compression is not None and compression.cache_dir is None:
+        compression.cache_dir = cache
+    if not cfg.train:
+        # loads the checkpoint and tells the trainer its data
+        trainer.validate(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path, verbose=False)
+        return False
+    if cache is None:
+        trainer.fit(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
+        return True
+    settings = _training_settings(cfg)
+    loaded = fit_once(
+        trainer,
+        model,
+        datamodule,
+        folder=cache,
+        settings=settings,
+        sources=[Path(__file__), *source_files(_targets(settings))],
+        ckpt_path=cfg.ckpt_path,
+    )
+    if loaded:
+        _say("Trained weights are taken from another job with the same training")
+    return not loaded
+
+
+def _cache_folder(cfg: DictConfig) -> Path | None:
+    """Where trained weights and calibrations are shared: the folder of the sweep, if there is one."""
+    if cfg.cache_dir != "sweep":
+        return None if cfg.cache_dir is None else Path(cfg.cache_dir)
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return Path(HydraConfig.get().sweep.dir).absolute() / "cache"
+
+
+def _training_settings(cfg: DictConfig) -> dict[str, Any]:
+    """What decides the training: the config without what comes after it, and without the job's own folder."""
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    for name in AFTER_TRAINING:
+        settings.pop(name, None)
+    callbacks = settings.get("callbacks") or {}
+    settings["callbacks"] = {name: node for name, node in callbacks.items() if name != "compress"}
+    return _without(settings, str(cfg.paths.output_dir))
+
+
+def _without(node: Any, folder: str) -> Any:
+    if isinstance(node, dict):
+        return {name: _without(value, folder) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_without(value, folder) for value in node]
+    return node.replace(folder, "OUTPUT") if isinstance(node, str) else node
+
+
+def _targets(node: Any) -> list[str]:
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    own = [node["_target_"]] if isinstance(node, dict) and "_target_" in node else []
+    return own + [name for value in values for name in _targets(value)]
 
 
 def _check(cfg: DictConfig) -> None:

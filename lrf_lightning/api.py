@@ -16,7 +16,7 @@ from torch import nn
 from lrf_lightning import random_state
 from lrf_lightning.batches import fixed_order, overlaps
 from lrf_lightning.solver.evaluation import Batches, LossFunction
-from lrf_lightning.solver.joint import solve
+from lrf_lightning.solver.joint import CalibrationStep, solve
 from lrf_lightning.solver.result import Solution
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.workspace import Progress
@@ -86,6 +86,7 @@ def compress(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     score_name: str = "",
+    cache_dir: str | PathLike[str] | None = None,
     **settings: Any,
 ) -> CompressionResult:
     """Make a trained model smaller without making it worse, and say how sure that is.
@@ -107,6 +108,8 @@ def compress(
         device: where the work is done, by default where the model is.
         progress: called as ``progress(stage, done, total)``; a total of 0 is unknown.
         score_name: what the score is called in the report, such as ``"accuracy"``.
+        cache_dir: folder of calibrations that solves of the same model and data share, whatever their objective and
+            budget; see :mod:`lrf_lightning.calibration_cache`.
         **settings: fields of :class:`~lrf_lightning.solver.settings.Settings`.
 
     Returns:
@@ -134,9 +137,16 @@ def compress(
             settings=checked,
             device=None if device is None else torch.device(device),
             progress=progress,
+            calibration_step=None if cache_dir is None else _cached(cache_dir),
         )
     found = {f.name: getattr(solution, f.name) for f in dataclasses.fields(solution)}
     return CompressionResult(**found | {"score_name": score_name})
+
+
+def _cached(folder: str | PathLike[str]) -> CalibrationStep:
+    from lrf_lightning.calibration_cache import CalibrationCache
+
+    return CalibrationCache(folder)
 
 
 def _checked_settings(settings: dict[str, Any]) -> Settings:

@@ -92,6 +92,7 @@ class LowRankCompression(Callback):
         save_points: whether the models of all budgets of ``objective="frontier"`` are written too, each into a folder
             of its own.
         log_artifact: whether the compressed model is also handed to a W&B logger as an artifact.
+        cache_dir: folder of calibrations that the jobs of a sweep share; None for none.
         strict: whether a failure is raised instead of reported.
         objective: see :class:`~lrf_lightning.solver.settings.Settings`, as for all arguments that follow.
         metric: metric of the factorization.
@@ -149,6 +150,7 @@ class LowRankCompression(Callback):
         save: bool = True,
         save_points: bool = True,
         log_artifact: bool = True,
+        cache_dir: str | PathLike[str] | None = None,
         strict: bool = False,
         objective: Objective = "lossless",
         metric: Metric = "fisher",
@@ -195,6 +197,7 @@ class LowRankCompression(Callback):
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.in_place, self.save, self.log_artifact, self.strict = in_place, save, log_artifact, strict
         self.save_points = save_points
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.result: CompressionResult | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -305,6 +308,7 @@ class LowRankCompression(Callback):
                 device=device,
                 progress=progress,
                 score_name=loss.score_name,
+                cache_dir=self.cache_dir,
                 **{f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)},
             )
             result.model.to(pl_module.device)

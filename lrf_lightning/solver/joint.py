@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,10 +28,11 @@ from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, 
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Progress, Workspace
-from lrf_lightning.surgery import Skipped, find_layers, prepare, settle
+from lrf_lightning.surgery import Candidate, Skipped, find_layers, prepare, settle
 
 __all__ = ["calibrated", "solve"]
 
+CalibrationStep = Callable[[Workspace, list[Candidate], Outcome], None]
 DISAGREEMENT = (
     "All processes must solve the same task. Sweeps whose sampler has no seed start every process with other "
     "arguments; give the sampler a seed"
@@ -48,8 +49,9 @@ def solve(
     settings: Settings,
     device: torch.device | None = None,
     progress: Progress | None = None,
+    calibration_step: CalibrationStep | None = None,
 ) -> Solution:
-    """Compress a copy of ``model``; see :func:`lrf_lightning.compress` for the arguments.
+    """Compress a copy of ``model``; see :func:`lrf_lightning.compress` and :func:`calibrated` for the arguments.
 
     Raises:
         PeerError: if another process failed, or has other settings or weights.
@@ -57,7 +59,9 @@ def solve(
     """
     started = time.perf_counter()
     splits = {"calibration": calibration, "selection": selection, "verification": verification}
-    work, dense = calibrated(model, loss, splits, settings=settings, device=device, progress=progress)
+    work, dense = calibrated(
+        model, loss, splits, settings=settings, device=device, progress=progress, calibration_step=calibration_step
+    )
     if work.layers:
         choice = _choose(work, dense)
     else:
@@ -74,10 +78,13 @@ def calibrated(
     settings: Settings,
     device: torch.device | None = None,
     progress: Progress | None = None,
+    calibration_step: CalibrationStep | None = None,
 ) -> tuple[Workspace, Outcome]:
     """A workspace that knows the curves of all layers, and the dense model's losses on the selection split.
 
     From here any number of budgets can be solved; see :class:`~lrf_lightning.solver.frontier.Frontier`.
+    ``calibration_step`` takes the place of :func:`~lrf_lightning.solver.calibration.calibrate`, to remember what it
+    finds.
     """
     if settings.objective == "paper":  # the published algorithm knows neither metrics nor compensation
         settings = dataclasses.replace(settings, metric="euclidean", compensation=False, probes=False)
@@ -99,8 +106,10 @@ def calibrated(
     )
     dense = _evaluate_dense(work)
     candidates, work.skipped = find_layers(working, **settings.layer_choice)
-    if candidates:
+    if candidates and calibration_step is None:
         calibrate(work, candidates)
+    elif candidates and calibration_step is not None:
+        calibration_step(work, candidates, dense)
     return work, dense
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "Use",
     "backward_passes",
     "collect_statistics",
+    "empty_statistics",
     "memory_groups",
 ]
 
@@ -218,7 +219,7 @@ def collect_statistics(
     Raises:
         ValueError: if there is no batch, or a loss is not finite.
     """
-    layers = {c.name: _empty(model, c) for c in candidates}
+    layers = {c.name: empty_statistics(model, c) for c in candidates}
     seen: list[str] = []
     last_batch: dict[str, int] = {}
     calls: Calls = {(name, transposed): 0.0 for name in layers for transposed in (False, True)}
@@ -360,7 +361,8 @@ def _sides(candidate: Candidate) -> tuple[tuple[int, bool], tuple[int, bool]]:
     return outputs, inputs
 
 
-def _empty(model: nn.Module, candidate: Candidate) -> LayerStatistics:
+def empty_statistics(model: nn.Module, candidate: Candidate) -> LayerStatistics:
+    """Statistics of a layer before any pass."""
     (_, whole_outputs), (_, whole_inputs) = _sides(candidate)
     layer = LayerStatistics(
         candidate, row_reader(candidate), Moment(diagonal=not whole_inputs), Moment(diagonal=not whole_outputs)
