@@ -13,7 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lrf_lightning.report_budgets import budget_notes, budgets_table
-from lrf_lightning.report_cells import count, decimal_places, loss_places, new_table, optional, percent, unsigned
+from lrf_lightning.report_cells import (
+    column_name,
+    count,
+    decimal_places,
+    loss_places,
+    new_table,
+    optional,
+    percent,
+    unsigned,
+)
 from lrf_lightning.solver.result import LayerResult, Solution
 from lrf_lightning.summary import factorized_params
 from lrf_lightning.tables import Row, frontier_rows, share
@@ -126,7 +135,7 @@ def _frontier_table(result: Solution, *, wide: bool) -> Table:
     table.add_column("", no_wrap=True)
     scored = result.dense.score is not None
     headings = ["params", "model\nkept %", "layers\nkept %", "predicted\nchange", "loss", "loss\nchange", "std.\nerror"]
-    name = score_name(result)
+    name = column_name(score_name(result), wide)
     headings += [name, f"{name}\nchange", "std.\nerror"] if scored else []
     for heading in headings:
         table.add_column(Text(heading), justify="right", no_wrap=True)

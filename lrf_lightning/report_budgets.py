@@ -5,7 +5,16 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from lrf_lightning.report_cells import count, decimal_places, loss_places, new_table, optional, percent, unsigned
+from lrf_lightning.report_cells import (
+    column_name,
+    count,
+    decimal_places,
+    loss_places,
+    new_table,
+    optional,
+    percent,
+    unsigned,
+)
 from lrf_lightning.solver.pareto import holding
 from lrf_lightning.solver.result import Solution
 from lrf_lightning.tables import Row, frontier_rows
@@ -22,7 +31,7 @@ def budgets_table(result: Solution, *, wide: bool) -> Table:
     table = new_table(f"Budgets: measured on {samples}", wide=wide)
     table.add_column("", no_wrap=True)
     headings = ["budget\n%", "params", "model\nkept %", "loss\nchange", "std.\nerror"]
-    headings += [f"{score_name(result)}\nchange"] if scored else []
+    headings += [f"{column_name(score_name(result), wide)}\nchange"] if scored else []
     for heading in (*headings, "verified\nchange", "upper\nbound"):
         table.add_column(Text(heading), justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)

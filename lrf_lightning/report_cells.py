@@ -8,7 +8,9 @@ from rich.table import Table
 from lrf_lightning.solver.result import Solution
 from lrf_lightning.verdict import decimals, signed
 
-__all__ = ["count", "decimal_places", "loss_places", "new_table", "optional", "percent", "unsigned"]
+__all__ = ["column_name", "count", "decimal_places", "loss_places", "new_table", "optional", "percent", "unsigned"]
+
+NARROW = 7
 
 
 def new_table(title: str, *, wide: bool) -> Table:
@@ -51,3 +53,8 @@ def count(number: int, wide: bool) -> str:
             digits = number / size
             return f"{digits:.{max(0, 2 - len(str(int(digits))) + 1)}f}{unit}"
     return str(number)
+
+
+def column_name(name: str, wide: bool) -> str:
+    """The heading of a column of scores, on a narrow console no wider than the numbers below it."""
+    return name if wide or len(name) <= NARROW else {"accuracy": "acc."}.get(name, f"{name[: NARROW - 1]}.")

@@ -83,6 +83,8 @@ def _log_metrics(sink: Logger, figures: Mapping[str, float], step: int) -> None:
 def _write_tables(result: CompressionResult, figures: Mapping[str, float], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     named = [{"name": name, "value": value} for name, value in figures.items()]
+    if result.certificate is not None:
+        named += [{"name": "compress/verdict", "value": result.certificate.verdict}]
     named += [{"name": "compress/verdict_sentence", "value": verdict_sentence(result)}]
     write_csv(directory / "summary.csv", named)
     write_csv(directory / "layers.csv", layer_rows(result))

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lrf_lightning import LowRankCompression, RankMonitor
 
-RECIPES = ["digits"]
+RECIPES = ["digits", "digits_small"]
+SWEEPS = ["budgets", "grid", "optuna", "parallel"]
 OPTIONS = ["lossless", "compact", "budget", "frontier", "paper"]
 
 
@@ -50,7 +51,7 @@ def test_every_recipe_with_every_option(composed, recipe, option):
     assert ("compress" in cfg["callbacks"]) == (option is not None)
     assert "compress" not in cfg
     found = targets(cfg)
-    assert {"lightning.Trainer", f"recipes.{recipe}.Digits"} <= set(found)
+    assert {"lightning.Trainer", f"recipes.{recipe.removesuffix('_small')}.Digits"} <= set(found)
     for target in found:
         assert callable(get_object(target))
 
@@ -60,6 +61,7 @@ def test_lists_are_complete(project):
     folder = project / "lrf_lightning" / "conf" / "compress"
     assert {path.stem for path in folder.glob("*.yaml")} == set(OPTIONS)
     assert {path.stem for path in (project / "conf" / "recipe").glob("*.yaml")} == set(RECIPES)
+    assert {path.stem for path in (project / "conf" / "sweep").glob("*.yaml")} == set(SWEEPS)
 
 
 def test_yaml_equals_the_signature(composed):
@@ -139,3 +141,36 @@ def test_the_rank_monitor_is_a_callback_beside_the_others(composed):
     defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     expected = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     assert node == expected | {"every_n_epochs": 5}
+
+
+def test_only_the_compressions_are_added_to_other_apps(project):
+    options = {path.name for path in (project / "lrf_lightning" / "conf").iterdir() if path.suffix != ".py"}
+    assert options - {"__pycache__"} == {"compress"}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_sweeps_compress_to_budgets_and_their_parameters_exist(composed, sweep):
+    cfg = composed(f"+sweep={sweep}")
+    assert cfg.callbacks.compress.objective == "budget"
+    assert callable(get_object(cfg.hydra.sweeper._target_))
+    assert callable(get_object(cfg.hydra.launcher._target_))
+    for name in cfg.hydra.sweeper.params:
+        group = name == "recipe"
+        assert group or OmegaConf.select(cfg, name, default="missing") != "missing", name
+
+
+def test_the_search_has_two_objectives_that_the_verdict_takes_no_part_in(composed):
+    cfg = composed("+sweep=optuna")
+    assert cfg.optimized_metric == ["compress/selection_score", "compress/params_model_after"]
+    assert cfg.hydra.sweeper.direction == ["maximize", "minimize"]
+
+
+def test_parallel_jobs(composed):
+    launcher = composed("+sweep=parallel").hydra.launcher
+    assert launcher._target_.endswith("JoblibLauncher")
+    assert launcher.n_jobs == 2
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_the_readme_has_the_command_of_every_sweep(project, sweep):
+    assert f"+sweep={sweep}" in (project / "README.md").read_text()
