@@ -143,11 +143,6 @@ def test_the_rank_monitor_is_a_callback_beside_the_others(composed):
     assert node == expected | {"every_n_epochs": 5}
 
 
-def test_only_the_compressions_are_added_to_other_apps(project):
-    options = {path.name for path in (project / "lrf_lightning" / "conf").iterdir() if path.suffix != ".py"}
-    assert options - {"__pycache__"} == {"compress"}
-
-
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_sweeps_compress_to_budgets_and_their_parameters_exist(composed, sweep):
     cfg = composed(f"+sweep={sweep}")

@@ -36,10 +36,9 @@ def multirun(project, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "_draw_pictures", lambda result, images: {})
     monkeypatch.setenv("PYTHONPATH", str(project))
 
-    def run(*arguments):
-        monkeypatch.setattr(
-            sys, "argv", [str(project / "train.py"), "-m", "-cp", str(project / "conf"), *arguments, *TINY]
-        )
+    def run(*arguments, tiny=TINY):
+        command = [str(project / "train.py"), "-m", "-cp", str(project / "conf"), *arguments, *tiny]
+        monkeypatch.setattr(sys, "argv", command)
         GlobalHydra.instance().clear()
         application.main()
         (folder,) = (tmp_path / "multirun").glob("*/*")
