@@ -88,7 +88,7 @@ def sweep_rows(folder: str | PathLike[str]) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m lrf_lightning.sweep_summary", description=__doc__)
-    parser.add_argument("folder", help="folder of a Hydra multirun, such as multirun/digits/2030-01-31_12-00-00")
+    parser.add_argument("folder", help="folder of a Hydra multirun, such as multirun/2030-01-31_12-00-00")
     options = parser.parse_args(arguments)
     try:
         write_sweep(options.folder)

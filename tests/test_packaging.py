@@ -18,6 +18,8 @@ import pytest
 # new processes import torch, which takes minutes on a machine that is busy with something else
 pytestmark = pytest.mark.timeout(400)
 
+OPTIONS = ["budget", "compact", "frontier", "lossless", "paper"]
+
 APP = {
     "configs/train.yaml": """
         defaults:
@@ -190,6 +192,26 @@ def test_other_app_finds_the_group_in_the_wheel(wheel, app, tmp_path):
     assert "tolerance: 0.1" in config
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("python src/train.py +compress=", {f"+compress={option}" for option in OPTIONS}),
+        ("python src/train.py +compress=budget callbacks.compress.ke", {"callbacks.compress.keep="}),
+    ],
+)
+def test_other_app_completes_the_options(app, line, found):
+    """What Hydra's shell completion asks the app for."""
+    environment = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    assert set(run_app(sys.executable, app, "-sc", "query=bash", **environment).split()) == found
+
+
+def test_other_app_shows_the_options_in_its_help(app):
+    assert f"compress: {', '.join(OPTIONS)}" in run_app(sys.executable, app, "--help")
+    shown = run_app(sys.executable, app, "+compress=frontier", "--help")
+    assert "objective: frontier" in shown
+    assert "budgets:" in shown
+
+
 def test_plugin_imports_nothing_heavy(project):
     code = (
         "import sys; from hydra_plugins.lrf_lightning.search_path import LrfLightningSearchPath; "
@@ -222,3 +244,11 @@ def test_other_app_compresses(kind, wheel, project, app, environment):
     before, after, keep = output.split("RESULT (")[1].replace(",", " ").replace(")", " ").split()[:3]
     assert int(after) < 0.6 * int(before)
     assert keep == "0.4"
+
+    cache = app / "cache"
+    # Hydra composes once without what is swept, here the group, so its arguments need ++
+    options = [f"++callbacks.compress.cache_dir={cache}", "++callbacks.compress.points=3"]
+    output = run_app(str(environment), app, "-m", f"+compress={','.join(OPTIONS)}", *options)
+    assert output.count("RESULT (") == len(OPTIONS), "each option works, one after the other in a multirun"
+    # the trainings are equal, so four objectives share a calibration; the published algorithm has its own
+    assert len(list(cache.glob("calibration-*.pt"))) == 2

@@ -41,7 +41,7 @@ def multirun(project, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", command)
         GlobalHydra.instance().clear()
         application.main()
-        (folder,) = (tmp_path / "multirun").glob("*/*")
+        (folder,) = (tmp_path / "multirun").iterdir()
         with (folder / "sweep.csv").open(newline="") as file:
             return list(csv.DictReader(file)), folder
 
@@ -90,11 +90,11 @@ def test_without_a_cache_every_job_trains(multirun):
 @pytest.mark.slow
 def test_the_grid_has_seeds_metrics_and_recipes(multirun):
     tiny = [item for item in TINY if not item.startswith(("recipe", "model"))]
-    rows, folder = multirun("+sweep=grid", "seed=0,1", tiny=tiny)
-    assert len(rows) == 12
+    rows, folder = multirun("+sweep=grid", "seed=0", "model.net.blocks=1", tiny=tiny)
+    assert len(rows) == 6
     assert {row["recipe"] for row in rows} == {"digits", "digits_small"}
     assert all(row["params_model_after"] for row in rows)
-    assert shared(folder) == (4, 12)
+    assert shared(folder) == (2, 6)
 
 
 @pytest.mark.slow
