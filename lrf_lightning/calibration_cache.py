@@ -32,6 +32,7 @@ from lrf_lightning.fingerprint import UnknownContentError, fingerprint
 from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.curves import Prediction
 from lrf_lightning.solver.evaluation import Outcome
+from lrf_lightning.solver.layer_input import LayerInput
 from lrf_lightning.solver.probes import Probe
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import LayerStatistics, Moment, RowSampler, TiedUse, empty_statistics
@@ -50,6 +51,8 @@ LATER = {
 }  # fmt: skip
 # the candidates themselves are in the key
 CHOICE = {"include", "exclude", "types", "exclude_types", "predicate", "frozen", "min_params"}
+# what ties a record to the model at hand
+LINKS = ("candidate", "module", "reader")
 
 
 class CalibrationCache:
@@ -182,9 +185,9 @@ def _unpack(work: Workspace, candidates: list[Candidate], content: Mapping[str, 
 
 def _dump(record: Any) -> Any:
     """Records as dictionaries of tensors and plain values; readers and candidates are made anew when they are read."""
-    if isinstance(record, (LayerStatistics, TiedUse, Moment, Curve, Prediction, Probe)):
+    if isinstance(record, (LayerStatistics, LayerInput, TiedUse, Moment, Curve, Prediction, Probe)):
         fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-        return {name: _dump(value) for name, value in fields.items() if name not in ("candidate", "reader")}
+        return {name: _dump(value) for name, value in fields.items() if name not in LINKS}
     if isinstance(record, list):
         return [_dump(item) for item in record]
     return dict(record) if isinstance(record, Mapping) else record
@@ -195,6 +198,8 @@ def _fill(record: Any, stored: Mapping[str, Any]) -> None:
         own = getattr(record, name)
         if isinstance(own, (Moment, TiedUse)):
             _fill(own, value)
+        elif name == "observed":
+            record.observed = None if value is None else LayerInput(**value)
         else:
             setattr(record, name, value)
 

@@ -81,6 +81,16 @@ def test_other_budgets_and_objectives_reuse_it_and_find_the_same(model, tmp_path
     assert len(list(tmp_path.glob("*.pt"))) == 1
 
 
+def test_times_are_measured_beside_it(model, tmp_path, calls, monkeypatch):
+    """Seconds are counted with layers that come from the cache too, and the objective does not matter."""
+    monkeypatch.setenv("LRF_LIGHTNING_CACHE", str(tmp_path / "times"))
+    first = squeeze(model, tmp_path)
+    second = squeeze(model, tmp_path, cost="latency", objective="compact")
+    assert len(calls) == 1
+    assert first.latency_layers is None
+    assert all(layer.latency_before > 0 for layer in second.layers)
+
+
 @pytest.mark.parametrize("memory", [4.0, 1e-6])
 def test_all_kinds_of_layers(tmp_path, calls, memory):
     torch.manual_seed(0)

@@ -20,7 +20,6 @@ from lrf_lightning.solver.curves import Prediction, component_derivatives, predi
 from lrf_lightning.solver.evaluation import Outcome, batch_size, evaluate, evaluation_mode, to_device
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.hooks import observe_inputs
-from lrf_lightning.solver.latency import measure_layers
 from lrf_lightning.solver.probes import (
     LEVELS,
     Probe,
@@ -41,7 +40,7 @@ PROBE_GROUPS = 8
 
 
 def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
-    """Fill the workspace's layers, curves, ranges and times, one group of layers that fits into memory at a time.
+    """Fill the workspace's layers, curves and perturbation ranges, one group of layers that fits into memory at a time.
 
     Raises:
         ValueError: if calibration holds no batch, or a loss is not finite.
@@ -75,9 +74,6 @@ def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
     work.skipped += [
         Skipped(name, layer.candidate.kind, layer.problem) for name, layer in found.items() if layer.problem
     ]
-    if work.settings.cost == "latency":
-        with work.stage("timing", len(work.layers)) as advance:
-            work.latencies = measure_layers(work.layers, work.device, work.rank_multiple, work.processes, advance)
 
 
 def _in_execution_order(work: Workspace, candidates: list[Candidate], first: Any) -> list[Candidate]:

@@ -21,6 +21,7 @@ from lrf_lightning.solver.certificate import certify, temperatures
 from lrf_lightning.solver.changes import changed_samples
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome
 from lrf_lightning.solver.frontier import Frontier, choose_compact, choose_lossless
+from lrf_lightning.solver.latency import measure_layers
 from lrf_lightning.solver.paper import greedy_rank
 from lrf_lightning.solver.pareto import marked
 from lrf_lightning.solver.point_models import PointModels
@@ -110,6 +111,9 @@ def calibrated(
         calibrate(work, candidates)
     elif candidates and calibration_step is not None:
         calibration_step(work, candidates, dense)
+    if settings.cost == "latency":
+        with work.stage("timing", len(work.layers)) as advance:
+            work.latencies = measure_layers(work.layers, work.device, work.rank_multiple, work.processes, advance)
     return work, dense
 
 
