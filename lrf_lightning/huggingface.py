@@ -71,7 +71,7 @@ def from_pretrained(model_class: Any, path: AnyPath) -> nn.Module:
         raise CheckpointError(f"the folder {str(path)!r} holds no {CONFIG_FILE}, so no model of transformers")
     config = AutoConfig.from_pretrained(str(path))
     make = model_class.from_config if hasattr(model_class, "from_config") else model_class
-    model = load_compressed(lambda: make(config), path).eval()
+    model: Any = load_compressed(lambda: make(config), path).eval()
     if safe_files.file_exists(safe_files.join(path, "generation_config.json")):
         model.generation_config = GenerationConfig.from_pretrained(str(path))
-    return model
+    return model  # type: ignore[no-any-return]
