@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lrf_lightning import safe_files
+from lrf_lightning import random_state, safe_files
 from lrf_lightning.batch_norm_folding import fold
 from lrf_lightning.checkpoint import restore_dense
 from lrf_lightning.modules import LowRankModule
@@ -167,7 +167,7 @@ def _export(
         raise ValueError(f"path={os.fspath(path)!r} does not end in '.{name}'")
     call = SampleCall(sample).to("cpu")
     if dynamic_batch:
-        call = call.resized(max(2, call.batch_size))  # a batch of one is taken for a constant
+        call = call.resized(2)  # torch takes a batch of one for a constant, and more take more time
     original = copy.deepcopy(model).cpu().eval()
     with _deployable(), TemporaryDirectory() as temporary:
         ready, folded = fold(original, call) if fold_norms else (original, [])
@@ -189,11 +189,14 @@ def _export(
 
 @contextlib.contextmanager
 def _deployable() -> Iterator[None]:
-    """Without gradients, and without the fused attention of torch, which other runtimes do not know."""
+    """Without gradients and without torch's fused attention, which other runtimes do not know.
+
+    Random states stay as they are: layers draw weights when they are made.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with random_state.preserved(), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -16,7 +16,7 @@ one warning each and never an error: a run does not fail for its log.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,13 +27,14 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor
 
 from lrf_lightning.best_effort import best_effort
-from lrf_lightning.summary import summary
+from lrf_lightning.summary import PREFIX, summary
 from lrf_lightning.tables import change_rows, curve_rows, frontier_rows, layer_rows, probe_rows, rank_rows, write_csv
 from lrf_lightning.verdict import verdict_sentence
 from lrf_lightning.wandb_run import Media, log_to_wandb
 
 if TYPE_CHECKING:
     from lrf_lightning.api import CompressionResult
+    from lrf_lightning.export import ExportedFile
 
 __all__ = ["log_solution"]
 
@@ -44,6 +45,7 @@ def log_solution(
     directory: str | Path,
     *,
     images: Mapping[int, Tensor] | None = None,
+    exports: Sequence[ExportedFile] = (),
     log_artifact: bool = True,
     weights: str = "last",
 ) -> None:
@@ -55,11 +57,12 @@ def log_solution(
         directory: folder for tables and pictures, and where the compressed model was saved.
         images: by the number of the verification sample, of those on which the models disagree; shape (height, width,
             1 or 3), uint8.
+        exports: files of the compressed model in other formats; their sizes are logged.
         log_artifact: whether a W&B logger gets the compressed model of that folder as an artifact.
         weights: which weights were compressed, the ``last`` or those of the ``best`` checkpoint.
     """
     images = images or {}
-    figures = summary(result)
+    figures = summary(result) | _export_sizes(exports)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
     if not trainer.is_global_zero:
         return
@@ -73,6 +76,13 @@ def log_solution(
             log_to_wandb(sink, trainer, result, figures, media, directory if log_artifact else None, weights=weights)
         else:
             best_effort(f"log to {type(sink).__name__}", partial(_log_metrics, sink, figures, trainer.global_step))
+
+
+def _export_sizes(exports: Sequence[ExportedFile]) -> dict[str, float]:
+    """Bytes of every file and of the same model with dense layers."""
+    sizes = {f"{PREFIX}{each.format}_bytes": float(each.size) for each in exports}
+    dense = {f"{PREFIX}{each.format}_bytes_dense": float(each.dense_size) for each in exports if each.dense_size}
+    return sizes | dense
 
 
 def _log_metrics(sink: Logger, figures: Mapping[str, float], step: int) -> None:

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from lrf_lightning.sample_call import SampleCall
+from lrf_lightning.sample_call import SampleCall, find_sample
 
 
 def test_positional_and_keyword_arguments():
@@ -21,6 +22,7 @@ def test_resized_repeats_samples_and_leaves_the_rest():
     assert call.args[2].dim() == 0
     assert call.args[3] == "mean"
     assert call.resized(1).args[0].tolist() == [[1.0]]
+    assert call.resized(1).resized(3).args[1] is scale
 
 
 def test_dynamic_shapes_name_the_batch():
@@ -36,3 +38,36 @@ def test_dynamic_shapes_name_the_batch():
 def test_no_batch(sample):
     with pytest.raises(ValueError, match=r"without a batch; give a Tensor \(batch, ...\), a tuple"):
         SampleCall(sample)
+
+
+class Forward(nn.Module):
+    def forward(self, ids, mask=None):
+        return ids
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((torch.ones(2, 3), torch.zeros(2)), (torch.ones(2, 3),)),
+        ([torch.ones(2, 3)], (torch.ones(2, 3),)),
+        (torch.ones(2, 3), (torch.ones(2, 3),)),
+        ({"ids": torch.ones(2, 3), "labels": torch.zeros(2)}, {"ids": torch.ones(2, 3)}),
+    ],
+)
+def test_sample_of_a_batch(batch, expected):
+    torch.testing.assert_close(find_sample(Forward(), [batch]), expected)
+
+
+def test_sample_of_the_module_comes_first():
+    module = Forward()
+    module.example_input_array = torch.ones(1, 3)
+    assert find_sample(module, [torch.zeros(2, 3)]) is module.example_input_array
+
+
+def test_no_sample_costs_nothing():
+    def failing():
+        raise RuntimeError("the loader is gone")
+        yield
+
+    assert find_sample(Forward(), failing()) is None
+    assert find_sample(Forward(), []) is None

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from tiny_result import frontier_result, tiny_result
 
 from lrf_lightning import plots
+from lrf_lightning.export import ExportedFile
 from lrf_lightning.summary import summary
 from lrf_lightning.tracking import log_solution
 
@@ -44,6 +45,18 @@ def test_every_figure_reaches_callback_metrics_and_the_logger_and_the_folder(tmp
         read = {line["name"]: line["value"] for line in csv.DictReader(file)}
     assert float(read["compress/params_model_kept"]) == figures["compress/params_model_kept"]
     assert read["compress/verdict_sentence"].startswith("Worse: ")
+
+
+def test_sizes_of_exports_are_logged(tmp_path, one_picture):
+    trainer = trainer_with(CSVLogger(tmp_path / "logs"))
+    exports = [
+        ExportedFile("onnx", tmp_path / "model.onnx", 500, 1000, 0.0, ()),
+        ExportedFile("pt2", tmp_path / "model.pt2", 600, None, 0.0, ()),
+    ]
+    log_solution(trainer, tiny_result(), tmp_path, exports=exports)
+    sizes = {name: float(value) for name, value in trainer.callback_metrics.items() if "bytes" in name}
+    assert sizes == {"compress/onnx_bytes": 500, "compress/onnx_bytes_dense": 1000, "compress/pt2_bytes": 600}
+    assert "compress/onnx_bytes_dense,1000" in (tmp_path / "summary.csv").read_text()
 
 
 def test_images_of_changed_samples_are_drawn(tmp_path, one_picture):

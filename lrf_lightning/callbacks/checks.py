@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lrf_lightning.export import FORMATS, missing_packages
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.surgery import find_layers
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_layers",
     "check_processes",
     "check_single_writer",
+    "checked_formats",
 ]
 
 SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
@@ -62,6 +64,25 @@ def check_arguments(*, loss: Any, score: Any, weights: Any, dirpath: Any, loader
                 f"{role}={loader!r} is no loader; give a DataLoader, an iterable of batches, the name of a method of "
                 "the datamodule or the module, or None"
             )
+
+
+def checked_formats(export: Any) -> tuple[str, ...]:
+    """The formats of an export, once each; a single one may be given as a string.
+
+    Raises:
+        MisconfigurationException: if one is unknown, or a package that it needs is missing.
+    """
+    names = (export,) if isinstance(export, str) else export
+    if not isinstance(names, (tuple, list)) or not all(name in FORMATS for name in names):
+        raise MisconfigurationException(
+            f"export={export!r} is no list of formats; allowed are {', '.join(map(repr, FORMATS))}"
+        )
+    missing = [package for name in dict.fromkeys(names) for package in missing_packages(name)]
+    if missing:
+        raise MisconfigurationException(
+            f"export={export!r} needs {', '.join(missing)}; pip install 'lrf_lightning[export]'"
+        )
+    return tuple(dict.fromkeys(names))
 
 
 def check_processes(trainer: Trainer) -> None:

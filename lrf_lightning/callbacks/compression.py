@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
 from torch import Tensor, nn
 
 from lrf_lightning.api import compress
@@ -28,10 +29,12 @@ from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.checkpoint import lightning_checkpoint, register_structure_hook, save_compressed
 from lrf_lightning.device_batches import DeviceBatches
 from lrf_lightning.distributed import current_processes
+from lrf_lightning.export import ExportedFile, ExportError, export_model
 from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.report import print_report
 from lrf_lightning.run_folder import run_folder
+from lrf_lightning.sample_call import Sample, find_sample
 from lrf_lightning.sample_images import find_images
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.settings import (
@@ -91,6 +94,9 @@ class LowRankCompression(Callback):
             ``Trainer.test(ckpt_path=...)``.
         save_points: whether the models of all budgets of ``objective="frontier"`` are written too, each into a folder
             of its own.
+        export: formats in which the compressed model is also written, of ``onnx`` (the extra ``export``) and ``pt2``
+            (``torch.export``); it is called with the module's ``example_input_array``, or else with the inputs of a
+            batch. See :mod:`lrf_lightning.export`.
         log_artifact: whether the compressed model is also handed to a W&B logger as an artifact.
         cache_dir: folder of calibrations that the jobs of a sweep share; None for none.
         strict: whether a failure is raised instead of reported.
@@ -149,6 +155,7 @@ class LowRankCompression(Callback):
         in_place: bool = False,
         save: bool = True,
         save_points: bool = True,
+        export: tuple[str, ...] = (),
         log_artifact: bool = True,
         cache_dir: str | PathLike[str] | None = None,
         strict: bool = False,
@@ -196,7 +203,7 @@ class LowRankCompression(Callback):
         self.loss, self.score, self.weights = loss, score, weights
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.in_place, self.save, self.log_artifact, self.strict = in_place, save, log_artifact, strict
-        self.save_points = save_points
+        self.save_points, self.export = save_points, checks.checked_formats(export)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.result: CompressionResult | None = None
 
@@ -248,7 +255,7 @@ class LowRankCompression(Callback):
         if isinstance(bar, RichProgressBar):
             bar.teardown(trainer, pl_module, stage="fit")  # it draws until then, and two cannot draw at a time
         try:
-            self.result, images = self._solve(trainer, pl_module)
+            self.result, images, sample = self._solve(trainer, pl_module)
         # Lightning ends the process on a KeyboardInterrupt, and with it a model that may not have been saved
         except (Exception, KeyboardInterrupt) as error:
             if self.strict:
@@ -258,7 +265,7 @@ class LowRankCompression(Callback):
         trainer.callback_metrics["compress/failed"] = torch.tensor(0.0)
         folder = nullcontext(self._directory(trainer)) if self._keeps_files(trainer) else TemporaryDirectory()
         with folder as directory:
-            self._publish(trainer, pl_module, self.result, images, Path(directory))
+            self._publish(trainer, pl_module, self.result, images, sample, Path(directory))
 
     def compress_now(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
         """Compress a module that is trained already, without a fit.
@@ -282,8 +289,10 @@ class LowRankCompression(Callback):
         assert self.result is not None  # whatever fails is raised
         return self.result
 
-    def _solve(self, trainer: Trainer, pl_module: LightningModule) -> tuple[CompressionResult, dict[int, Tensor]]:
-        """The result, and the images of the verification samples on which the models disagree."""
+    def _solve(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[CompressionResult, dict[int, Tensor], Sample | None]:
+        """The result, images of the verification samples on which the models disagree, and a sample for an export."""
         device = trainer.strategy.root_device
         bars = trainer.is_global_zero and trainer.progress_bar_callback is not None
         processes, seed = current_processes(device), self.settings.seed
@@ -313,7 +322,8 @@ class LowRankCompression(Callback):
             )
             result.model.to(pl_module.device)
             images = find_images(batches[-1], [change.sample for change in result.changes[:MOST_IMAGES]], processes)
-        return result, images
+            sample = find_sample(module, batches[0]) if self.export else None
+        return result, images, sample
 
     def _replace_layers(self, pl_module: LightningModule, result: CompressionResult, device: torch.device) -> None:
         """Give the live module structure and weights of the result, wholly or not at all, on all processes or none.
@@ -334,6 +344,7 @@ class LowRankCompression(Callback):
         pl_module: LightningModule,
         result: CompressionResult,
         images: dict[int, Tensor],
+        sample: Sample | None,
         directory: Path,
     ) -> None:
         """Report, save and log, each on its own, so that one failure does not cost the others."""
@@ -353,6 +364,9 @@ class LowRankCompression(Callback):
                 "write the Lightning checkpoint",
                 lambda: lightning_checkpoint(trainer, pl_module, result, directory / "compressed.ckpt"),
             )
+        exports: list[ExportedFile] = []
+        for name in self.export if trainer.is_global_zero else ():
+            self._attempt(f"export {name}", lambda: exports.append(_export(name, result, sample, directory)))  # noqa: B023 (called at once)
         self._attempt(
             "log the results",
             lambda: log_solution(
@@ -360,6 +374,7 @@ class LowRankCompression(Callback):
                 result,
                 directory,
                 images=images,
+                exports=exports,
                 log_artifact=self.log_artifact and self.save,
                 weights=self.weights,
             ),
@@ -389,6 +404,15 @@ class LowRankCompression(Callback):
 
     def _directory(self, trainer: Trainer) -> Path:
         return self.dirpath or run_folder(trainer) / "compressed"
+
+
+def _export(name: str, result: CompressionResult, sample: Sample | None, directory: Path) -> ExportedFile:
+    """Write the compressed model in a format and say how large the file is."""
+    if sample is None:
+        raise ExportError("there is no sample to call the model with; set example_input_array of the module")
+    exported = export_model(name, result.model, sample, directory)
+    Console(highlight=False, markup=False, soft_wrap=True).print(f"Exported {exported}")
+    return exported
 
 
 def _save_points(result: CompressionResult, directory: Path) -> None:

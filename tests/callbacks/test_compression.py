@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lrf_lightning import LowRankCompression, StepOutput, load_compressed, tracking
+from lrf_lightning import LowRankCompression, StepOutput, export, load_compressed, tracking
 from lrf_lightning.modules import LowRankModule
 
 
@@ -578,6 +578,31 @@ class TestFiles:
         fit(Classifier(), compression(**options, save_points=False, dirpath=tmp_path / "one"), val=loader(seed=1))
         assert not (tmp_path / "one" / "points").exists()
 
+    def test_export(self, tmp_path, capsys):
+        class Called(Classifier):
+            def forward(self, x):
+                return self.net(x)
+
+        callback = compression(dirpath=tmp_path / "out", export=["pt2"])
+        run = fit(Called(), callback, val=loader(seed=1))
+        program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+        x, _ = clouds(7)
+        torch.testing.assert_close(program(x), callback.result.model.eval()(x), rtol=0, atol=1e-4)
+        size = (tmp_path / "out" / "model.pt2").stat().st_size
+        assert run.callback_metrics["compress/pt2_bytes"] == size
+        assert run.callback_metrics["compress/pt2_bytes_dense"] != size
+        assert f"Exported {tmp_path / 'out' / 'model.pt2'}: 0.0" in capsys.readouterr().out
+
+    def test_an_export_that_fails_is_a_warning(self, tmp_path):
+        callback = compression(dirpath=tmp_path, export=["pt2"], save=True, strict=False)
+        with pytest.warns(UserWarning, match=r"could not export pt2 \(ExportError: Classifier cannot be exported"):
+            run = fit(Classifier(), callback, val=loader(seed=1))  # has no forward
+        assert run.callback_metrics["compress/failed"] == 0
+        assert "compress/pt2_bytes" not in run.callback_metrics
+        loaded = load_compressed(Classifier(), tmp_path)
+        torch.testing.assert_close(loaded.state_dict(), callback.result.model.state_dict(), rtol=0, atol=0)
+        assert (tmp_path / "summary.csv").is_file()
+
 
 class Diverges(Classifier):
     """Its loss overflows in validation."""
@@ -720,12 +745,20 @@ class TestBadArguments:
             ({"selection": 3}, "selection=3 is no loader"),
             ({"dirpath": 3}, "dirpath=3 is no path"),
             ({"dirpath": "s3://bucket/x"}, "dirpath='s3://bucket/x' is a URL"),
+            ({"export": "onx"}, "export='onx' is no list of formats; allowed are 'onnx', 'pt2'"),
+            ({"export": ["pt2", 3]}, "is no list of formats"),
             ({"include": 3}, "include=3 is not a list of patterns"),
         ],
     )
     def test_construction(self, options, message):
         with pytest.raises(MisconfigurationException, match=message):
             LowRankCompression(**options)
+
+    def test_packages_for_an_export(self, monkeypatch):
+        monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(MisconfigurationException, match=r"export='onnx' needs onnx, .*lrf_lightning\[export\]"):
+            LowRankCompression(export="onnx")
+        assert LowRankCompression(export=["pt2", "pt2"]).export == ("pt2",)
 
     @pytest.mark.parametrize(
         ("options", "message"),
