@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 from compressed_models import compressed, net_solution, solution
+from safetensors.torch import load_file
 from small_modules import QUICK
 from torch import nn
 
-from lrf_lightning import CheckpointError, StepOutput, compress
+from lrf_lightning import CheckpointError, StepOutput, compress, restore_dense
 from lrf_lightning.huggingface import from_pretrained, save_pretrained
 
 transformers = pytest.importorskip("transformers")
@@ -58,6 +59,27 @@ def test_gpt_with_transposed_layers_and_a_tied_head(tmp_path):
     assert loaded.lm_head.left_factor is loaded.transformer.wte.left_factor
     assert loaded.generation_config.bos_token_id == 1
     assert json.loads((tmp_path / "config.json").read_text())["n_embd"] == 16
+
+
+def test_tied_weights_stay_tied_in_the_eyes_of_transformers(tmp_path):
+    declared = dict(transformers.GPT2LMHeadModel._tied_weights_keys)
+    model = compressed(gpt(), {"transformer.wte": 5}).eval()
+    dense = restore_dense(model)
+    tokens = batches(3)[0]
+    expected = model(input_ids=tokens).logits
+    model.tie_weights()
+    assert model.lm_head.left_factor is model.transformer.wte.left_factor
+    assert torch.equal(model(input_ids=tokens).logits, expected)
+    model.save_pretrained(tmp_path)  # that of transformers, which its Trainer calls
+    assert "lm_head.left_factor" not in load_file(tmp_path / "model.safetensors")
+    assert "transformer.wte.left_factor" in load_file(tmp_path / "model.safetensors")
+
+    dense.tie_weights()
+    assert dense.lm_head.weight is dense.transformer.wte.weight
+    torch.testing.assert_close(dense(input_ids=tokens).logits, expected)
+    dense.resize_token_embeddings(42)
+    assert dense.lm_head.weight.shape == (42, 16)
+    assert transformers.GPT2LMHeadModel._tied_weights_keys == declared, "other models of the class are not concerned"
 
 
 def test_other_models_are_refused(tmp_path):

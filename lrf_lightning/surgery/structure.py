@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrf_lightning.modules import LowRankModule, SplitAttention
 from lrf_lightning.surgery.kinds import LOW_RANK_OF, attention_objection, kind_objection, low_rank_type, weight_owners
+from lrf_lightning.surgery.tied_keys import rename_tied_keys
 
 __all__ = ["factorized", "prepare", "replace_module", "restore_dense_structure", "set_structure", "settle"]
 
@@ -56,6 +57,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     _put(model, old, new)
     for twin in twins:
         _put(model, twin, _tied(twin, old, new))
+    if twins:
+        rename_tied_keys(model)
 
 
 def set_structure(model: nn.Module, ranks: Mapping[str, int]) -> None:
