@@ -110,7 +110,7 @@ def fold(model: nn.Module, call: SampleCall) -> tuple[nn.Module, list[str]]:
         _put_into(new.get_submodule(layer_name), new.get_submodule(norm_name))
         replace_module(new, norm_name, nn.Identity().eval())
     names = [norm_name for _, norm_name in pairs]
-    logger.info("Folded %d of %d batch norms: %s", len(names), len(norms), ", ".join(names))
+    logger.debug("Folded %d of %d batch norms: %s", len(names), len(norms), ", ".join(names))
     return new, names
 
 

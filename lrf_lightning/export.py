@@ -48,8 +48,6 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
 TOLERANCE = 1e-4  # largest difference of an output, relative to the largest output if that is above 1
 ONE_FILE = 1_500_000_000  # bytes; protobuf, in which ONNX is written, ends at 2 GiB
 
-logger = logging.getLogger(__name__)
-
 
 class ExportError(RuntimeError):
     """A model cannot be exported, or what was exported does not compute the same; the message says why."""
@@ -80,7 +78,8 @@ class ExportedFile:
         if self.dense_size is not None:
             change = 100 * (self.size / self.dense_size - 1)
             dense = f", {change:+.1f} % against {_megabytes(self.dense_size)} dense"
-        return f"{self.path}: {_megabytes(self.size)}{dense}; outputs differ by at most {self.difference:.1e}"
+        name, size = os.path.basename(self.path), _megabytes(self.size)
+        return f"{name}: {size}{dense}; outputs differ by at most {self.difference:.1e}"
 
 
 def export_onnx(
@@ -182,9 +181,7 @@ def _export(
     # weights in a file beside it first, since the file refers to them
     for other in sorted(contents, key=len, reverse=True):
         safe_files.write_bytes(safe_files.join(folder, other), contents[other])
-    exported = ExportedFile(name, safe_files.normal(path), size, dense_size, difference, tuple(folded))
-    logger.info("%s", exported)
-    return exported
+    return ExportedFile(name, safe_files.normal(path), size, dense_size, difference, tuple(folded))
 
 
 @contextlib.contextmanager
@@ -224,16 +221,22 @@ def _write(name: str, model: nn.Module, call: SampleCall, file: Path, dynamic_ba
 
 def _save_onnx(program: torch.export.ExportedProgram, file: Path, shapes: Any) -> None:
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
-    optimizer = logging.getLogger("onnxscript.optimizer")
-    level = optimizer.level
-    optimizer.setLevel(logging.ERROR)  # it warns of every constant that it does not fold
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "# The axis name: batch will not be used")  # several inputs share it
-            converted: Any = torch.onnx.export(program, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    finally:
-        optimizer.setLevel(level)
+    with _quiet("onnxscript"), _quiet("onnx_ir"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used")  # several inputs share it
+        converted: Any = torch.onnx.export(program, dynamo=True, dynamic_shapes=shapes, verbose=False)
     converted.save(file, external_data=weights > ONE_FILE)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without the notes of a library on every constant that it folds or does not fold."""
+    noisy = logging.getLogger(name)
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
 
 
 def _checked(name: str, file: Path, model: nn.Module, call: SampleCall, dynamic_batch: bool) -> float:

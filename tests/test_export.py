@@ -1,8 +1,10 @@
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -21,7 +23,8 @@ both = pytest.mark.parametrize("name", EXPORTS)
 
 
 def net():
-    """Most of the parameters are in the factorized layers."""
+    """Always the same; most of the parameters are in the factorized layers."""
+    torch.manual_seed(0)
     model = compressed(Net(256), {"conv": 3, "body": 4}).eval()
     model.norm.running_mean.normal_()
     return model
@@ -44,7 +47,7 @@ def run(path, *inputs):
 def test_outputs_sizes_and_report(name, tmp_path, caplog):
     model, path = net(), tmp_path / "deep" / f"net.{name}"
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    with caplog.at_level(logging.INFO, "lrf_lightning"), warnings.catch_warnings():
+    with caplog.at_level(logging.INFO), warnings.catch_warnings():
         warnings.simplefilter("error")
         done = EXPORTS[name](model, images(1), path)
     for batch in (1, 2, 7):
@@ -56,8 +59,9 @@ def test_outputs_sizes_and_report(name, tmp_path, caplog):
     # the dense file has the 256 x 256 weight instead of its factors of rank 4, and the 8 x 27 one instead of rank 3
     saved = 4 * (256 * 256 - 2 * 256 * 4 + 8 * 27 - 3 * (8 + 27))
     assert done.dense_size - done.size == pytest.approx(saved, rel=0.05)
-    assert str(done).startswith(f"{path}: 0.")
-    assert f"% against {done.dense_size / 1e6:.2f} MB dense; outputs differ by at most" in caplog.text
+    assert str(done).startswith(f"net.{name}: 0.")
+    assert f"% against {done.dense_size / 1e6:.2f} MB dense; outputs differ by at most" in str(done)
+    assert caplog.text == "", "libraries are quiet"
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items()), "the model was changed"
     assert os.listdir(path.parent) == [path.name]
 
@@ -219,7 +223,6 @@ def test_large_weights_stand_beside_the_file(tmp_path, monkeypatch):
 
 
 def net_outputs(batch):
-    torch.manual_seed(0)
     with torch.no_grad():
         return net()(images(batch))
 
@@ -231,6 +234,17 @@ def test_remote_file():
         assert fsspec.filesystem("memory").size("/bucket/models/net.pt2") == done.size
     finally:
         fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_snippet_of_the_readme(project, tmp_path, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (project / "README.md").read_text(), re.DOTALL)
+    (snippet,) = [block for block in blocks if "export_onnx" in block]
+    exec(snippet, {"result": SimpleNamespace(model=net()), "inputs": images()})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("model.onnx: ")
+    assert second.startswith("model.pt2: ")
+    for name in ("model.onnx", "model.pt2"):
+        torch.testing.assert_close(run(tmp_path / name, images(3)), net_outputs(3), rtol=0, atol=1e-4)
 
 
 @both

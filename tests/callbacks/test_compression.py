@@ -591,7 +591,7 @@ class TestFiles:
         size = (tmp_path / "out" / "model.pt2").stat().st_size
         assert run.callback_metrics["compress/pt2_bytes"] == size
         assert run.callback_metrics["compress/pt2_bytes_dense"] != size
-        assert f"Exported {tmp_path / 'out' / 'model.pt2'}: 0.0" in capsys.readouterr().out
+        assert "Exported model.pt2: 0.0" in capsys.readouterr().out
 
     def test_an_export_that_fails_is_a_warning(self, tmp_path):
         callback = compression(dirpath=tmp_path, export=["pt2"], save=True, strict=False)
