@@ -85,21 +85,27 @@ def re_estimated_gradients(trial: Trial) -> nn.Module:
 
 
 def first_order_in_the_target(trial: Trial) -> nn.Module:
-    """Weights moved by half a natural-gradient step, -S^(-1) G A^(-1) / 2 of the mean gradient G, before the fit."""
+    """Weights moved along the natural gradient, -S^(-1) G A^(-1) of the mean gradient G, before the fit.
+
+    The length is that of the lowest loss on the selection split among a few.
+    """
     work, kept = trial.frontier.work, dict(trial.frontier.work.layers)
     moments = trial.statistics(work.model, trial.calibration)
     gradients = _weight_gradients(work.model, trial.calibration, loss)
-    for name in trial.ranks:
-        candidate = kept[name].candidate
-        module = copy.deepcopy(candidate.module)
-        shift = _natural(moments[name], _as_matrices(candidate.module, gradients[name]))
-        with torch.no_grad():
-            weight = module.get_parameter("weight")
-            weight.add_(shift.reshape(weight.shape).to(weight.dtype), alpha=-0.5)
-        work.layers[name] = replace(kept[name], candidate=replace(candidate, module=module))
-    compressed = trial.build()
-    work.layers.update(kept)
-    return compressed
+    built = []
+    for length in (1e-4, 1e-3, 1e-2):
+        for name in trial.ranks:
+            candidate = kept[name].candidate
+            module = copy.deepcopy(candidate.module)
+            shift = _natural(moments[name], _as_matrices(candidate.module, gradients[name]))
+            with torch.no_grad():
+                weight = module.get_parameter("weight")
+                weight.sub_(length * shift.reshape(weight.shape).to(weight.dtype))
+            work.layers[name] = replace(kept[name], candidate=replace(candidate, module=module))
+        compressed = trial.build()
+        built.append((work.evaluate(compressed, "selection").measurement().loss, compressed))
+        work.layers.update(kept)
+    return min(built, key=lambda item: item[0])[1]
 
 
 def bias_correction(trial: Trial) -> nn.Module:
@@ -148,7 +154,7 @@ def gauss_newton(trial: Trial) -> nn.Module:
     moments = trial.statistics(multiplied, data, divergence)
     gradients = _weight_gradients(multiplied, data, divergence)
     best = (_mean(compressed, data), compressed)
-    for length in (0.25, 0.5, 1.0):
+    for length in (0.01, 0.05, 0.25, 1.0):
         corrected = copy.deepcopy(compressed)
         for name, rank in trial.ranks.items():
             layer = moments[name]

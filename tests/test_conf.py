@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lrf_lightning import LowRankCompression, RankMonitor
 
 RECIPES = ["digits", "digits_small"]
-SWEEPS = ["budgets", "grid", "optuna", "parallel"]
+SWEEPS = ["budgets", "grid", "optuna", "parallel", "cluster"]
 OPTIONS = ["lossless", "compact", "budget", "frontier", "paper"]
 
 
@@ -164,6 +164,12 @@ def test_parallel_jobs(composed):
     launcher = composed("+sweep=parallel").hydra.launcher
     assert launcher._target_.endswith("JoblibLauncher")
     assert launcher.n_jobs == 2
+
+
+def test_jobs_of_a_cluster(composed):
+    launcher = composed("+sweep=cluster").hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.nodes, launcher.tasks_per_node) == (1, 1)
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)

@@ -98,3 +98,23 @@ def test_a_batch_size_of_its_own_on_every_process(project, tmp_path):
     assert found[0]["ranks"]
     assert found[0] == found[1]
     assert sum(found[0]["samples"].values()) == 83
+
+
+@pytest.mark.parametrize("options", [(), ("-m", "callbacks.compress.keep=0.4,0.6")], ids=["run", "multirun"])
+def test_hydra(project, tmp_path, options):
+    """The application relaunches itself for every process, once per job."""
+    tiny = [
+        *("+compress=budget", "recipe=digits_small", "model.net.width=32", "model.net.blocks=1", "seed=3"),
+        *("trainer.max_epochs=1", "trainer.accelerator=cpu", "+trainer.strategy=ddp", "trainer.devices=2"),
+        *("+trainer.enable_progress_bar=false", "data.verification=100", "data.selection=100", "data.calibration=100"),
+        *("logger=csv", "test=false"),
+    ]
+    command = [sys.executable, project / "train.py", *options[:1], *tiny, *options[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = sorted(path.parent for path in tmp_path.rglob("compressed/model.safetensors"))
+    assert len(folders) == (2 if options else 1)
+    for folder in folders:
+        assert (folder / "compressed.ckpt").is_file()
+        record = json.loads((folder / "compression.json").read_text())
+        assert record["certificate"]["dense"]["samples"] == 100

@@ -120,3 +120,12 @@ def test_parallel_jobs_wait_for_the_training_of_the_first(multirun):
     assert [row["callbacks.compress.keep"] for row in rows] == ["0.2", "0.3", "0.5", "0.7"]
     assert len({row["loss_dense"] for row in rows}) == 1
     assert shared(folder) == (1, 1)
+
+
+@pytest.mark.slow
+def test_the_jobs_of_a_cluster_run_on_this_machine_too(multirun):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    keeps = "callbacks.compress.keep=0.3,0.6"
+    rows, folder = multirun("+sweep=cluster", "hydra/launcher=submitit_local", "hydra.launcher.cpus_per_task=1", keeps)
+    assert [row["callbacks.compress.keep"] for row in rows] == ["0.3", "0.6"]
+    assert shared(folder) == (1, 1)
