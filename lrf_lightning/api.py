@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from lrf_lightning.solver.result import Solution
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.workspace import Progress
 from lrf_lightning.surgery import settle
+
+if TYPE_CHECKING:
+    from lrf_lightning.given_weights import Weights
 
 __all__ = ["CompressionResult", "compress"]
 
@@ -87,6 +90,7 @@ def compress(
     progress: Progress | None = None,
     score_name: str = "",
     cache_dir: str | PathLike[str] | None = None,
+    weights: Weights | None = None,
     **settings: Any,
 ) -> CompressionResult:
     """Make a trained model smaller without making it worse, and say how sure that is.
@@ -110,6 +114,8 @@ def compress(
         score_name: what the score is called in the report, such as ``"accuracy"``.
         cache_dir: folder of calibrations that solves of the same model and data share, whatever their objective and
             budget; see :mod:`lrf_lightning.calibration_cache`.
+        weights: what a copy of the model gets first: a state dict, or the path or URL of a file with one, such as a
+            checkpoint of Lightning or a ``.safetensors`` file. None takes the model's own.
         **settings: fields of :class:`~lrf_lightning.solver.settings.Settings`.
 
     Returns:
@@ -118,13 +124,17 @@ def compress(
     Raises:
         TypeError: if a setting is unknown, or ``model`` or ``loss`` is of the wrong kind.
         ValueError: if a setting is out of its range, a split is empty, the loss is no finite scalar or per-sample
-            vector, weights are not finite, or the budget cannot be met.
+            vector, ``weights`` does not fit the model, weights are not finite, or the budget cannot be met.
     """
     checked = _checked_settings(settings)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give the trained torch.nn.Module")
     if not callable(loss):
         raise TypeError(f"loss={loss!r} is no callable; give loss(model, batch) that returns a Tensor or a StepOutput")
+    if weights is not None:
+        from lrf_lightning.given_weights import with_weights
+
+        model = with_weights(model, weights)
     given = {"calibration": calibration, "selection": selection, "verification": verification}
     with random_state.preserved(), torch.inference_mode(False), torch.enable_grad():
         splits = {role: _ordered(role, batches, checked.seed) for role, batches in given.items()}

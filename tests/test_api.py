@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import lrf_lightning
-from lrf_lightning import StepOutput, compress
+from lrf_lightning import StepOutput, compress, load_compressed
 from lrf_lightning.modules import LowRankModule
 
 
@@ -202,6 +202,41 @@ class TestErrors:
         model[2].bias.data[0] = torch.inf
         with pytest.raises(ValueError, match=r"weights of '2\.bias' hold NaN or infinite"):
             squeeze(model)
+
+
+class TestWhatExistsAlready:
+    def test_a_bare_state_dict(self, trained, result, tmp_path):
+        torch.save({"state_dict": {f"net.{name}": value for name, value in trained.state_dict().items()}}, "a.ckpt")
+        for weights in (trained.state_dict(), tmp_path / "a.ckpt"):
+            random = torch.get_rng_state()
+            fresh = network()
+            found = squeeze(fresh, objective="budget", weights=weights)
+            assert found.ranks == result.ranks
+            torch.testing.assert_close(found.model.state_dict(), result.model.state_dict(), rtol=0, atol=0)
+            torch.set_rng_state(random)
+            torch.testing.assert_close(fresh.state_dict(), network().state_dict(), rtol=0, atol=0)
+
+    def test_weights_that_do_not_fit(self, trained):
+        with pytest.raises(ValueError, match="weights does not fit Sequential"):
+            squeeze(network(32), weights=trained.state_dict())
+
+    @pytest.mark.slow
+    def test_a_model_of_timm(self, tmp_path):
+        timm = pytest.importorskip("timm")
+
+        def make():
+            return timm.create_model("resnet10t", num_classes=4).eval()
+
+        def images(seed):
+            generator = torch.Generator().manual_seed(seed)
+            return [(torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 4) for _ in range(2)]
+
+        options = QUICK | {"objective": "budget", "keep": 0.5, "compensation": False, "probes": False}
+        found = compress(make(), loss, images(1), images(2), images(3), **options)
+        assert found.params_layers[1] <= 0.5 * found.params_layers[0]
+        found.save(tmp_path / "small")
+        x = images(4)[0][0]
+        assert torch.equal(load_compressed(make, tmp_path / "small")(x), found.model.eval()(x))
 
 
 def test_save_and_load(trained, result, tmp_path):
