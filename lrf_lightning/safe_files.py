@@ -21,11 +21,14 @@ __all__ = [
     "AnyPath",
     "file_exists",
     "folder_exists",
+    "is_remote",
     "join",
     "make_folder",
     "normal",
     "parent",
+    "path_or_url",
     "read_bytes",
+    "upload",
     "write_bytes",
 ]
 
@@ -46,6 +49,21 @@ def normal(path: AnyPath) -> Path | str:
     """A Path for local files; a URL stays a string, since Path would merge its slashes."""
     filesystem, inner = url_to_fs(os.fspath(path))
     return Path(inner) if isinstance(filesystem, LocalFileSystem) else os.fspath(path)
+
+
+def is_remote(path: AnyPath) -> bool:
+    """Whether a path is a URL of another file system than the local one.
+
+    Raises:
+        ImportError: if the file system needs a package that is not installed.
+        ValueError: if it is not known.
+    """
+    return "://" in os.fspath(path) and not isinstance(url_to_fs(os.fspath(path))[0], LocalFileSystem)
+
+
+def path_or_url(path: AnyPath) -> Path | str:
+    """A Path for what is local, absolute or not; a URL stays a string."""
+    return normal(path) if "://" in os.fspath(path) else Path(path)
 
 
 def folder_exists(path: AnyPath) -> bool:
@@ -97,6 +115,18 @@ def write_bytes(path: AnyPath, content: bytes) -> None:
         else:
             with filesystem.transaction, filesystem.open(inner, "wb") as file:
                 file.write(content)
+
+
+def upload(folder: Path, url: AnyPath) -> None:
+    """Write all files of a local folder, and of those in it, below a URL.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        target = join(url, file.relative_to(folder).as_posix())
+        make_folder(parent(target))
+        write_bytes(target, file.read_bytes())
 
 
 def _write_local(path: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lrf_lightning import safe_files
 from lrf_lightning.export import FORMATS, missing_packages
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.surgery import find_layers
@@ -56,8 +57,11 @@ def check_arguments(*, loss: Any, score: Any, weights: Any, dirpath: Any, loader
         )
     if dirpath is not None and not isinstance(dirpath, (str, os.PathLike)):
         raise MisconfigurationException(f"dirpath={dirpath!r} is no path; give a folder, or None for the log folder")
-    if "://" in str(dirpath):
-        raise MisconfigurationException(f"dirpath={dirpath!r} is a URL; give a folder of a mounted file system")
+    if dirpath is not None:
+        try:
+            safe_files.is_remote(dirpath)
+        except (ImportError, ValueError) as error:
+            raise MisconfigurationException(f"dirpath={str(dirpath)!r} cannot be used: {error}") from error
     for role, loader in loaders.items():
         if loader is not None and not isinstance(loader, str) and not hasattr(loader, "__iter__"):
             raise MisconfigurationException(
@@ -138,7 +142,7 @@ def check_folder(directory: Path, *, create: bool) -> None:
         ) from error
 
 
-def check_single_writer(directory: Path, others: list[Path]) -> None:
+def check_single_writer(directory: Path | str, others: list[Path | str]) -> None:
     """Ask for separate folders if several callbacks write.
 
     Raises:

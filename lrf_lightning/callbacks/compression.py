@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 
+from lrf_lightning import safe_files
 from lrf_lightning.api import compress
 from lrf_lightning.batches import dealt
 from lrf_lightning.callbacks import checks
@@ -86,8 +87,8 @@ class LowRankCompression(Callback):
             takes the method ``calibration_dataloader``, or else a part of the validation data.
         selection: likewise, for the choice among candidates.
         verification: likewise, for the verdict.
-        dirpath: folder for the compressed model, figures and tables; None is ``compressed`` in the run's own folder
-            of the first logger.
+        dirpath: folder for the compressed model, figures and tables, or the URL of one that fsspec understands; None
+            is ``compressed`` in the run's own folder of the first logger.
         weights: ``last``, the weights at the end of the fit, or ``best``, those of the best checkpoint.
         in_place: whether the layers of the live module are replaced as well.
         save: whether the compressed model is written, as a folder for ``load_compressed`` and as a checkpoint for
@@ -201,7 +202,7 @@ class LowRankCompression(Callback):
         self.loaders: dict[str, Any] = {role: arguments[role] for role in ROLES}
         checks.check_arguments(loss=loss, score=score, weights=weights, dirpath=dirpath, loaders=self.loaders)
         self.loss, self.score, self.weights = loss, score, weights
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath = None if dirpath is None else safe_files.path_or_url(dirpath)
         self.in_place, self.save, self.log_artifact, self.strict = in_place, save, log_artifact, strict
         self.save_points, self.export = save_points, checks.checked_formats(export)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -228,7 +229,8 @@ class LowRankCompression(Callback):
         directory = self._directory(trainer)  # asks all processes
         if self.save and trainer.is_global_zero and self._keeps_files(trainer):
             # loggers look whether their folder exists, so only a folder of ours is created ahead
-            checks.check_folder(directory, create=self.dirpath is not None)
+            if isinstance(directory, Path):
+                checks.check_folder(directory, create=self.dirpath is not None)
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             others = [c for c in callbacks if isinstance(c, LowRankCompression) and c is not self and c.save]
             checks.check_single_writer(directory, [other._directory(trainer) for other in others])
@@ -263,9 +265,11 @@ class LowRankCompression(Callback):
             self._report_failure(trainer, error)
             return
         trainer.callback_metrics["compress/failed"] = torch.tensor(0.0)
-        folder = nullcontext(self._directory(trainer)) if self._keeps_files(trainer) else TemporaryDirectory()
-        with folder as directory:
+        target = self._directory(trainer) if self._keeps_files(trainer) else None  # asks all processes
+        with nullcontext(target) if isinstance(target, Path) else TemporaryDirectory() as directory:
             self._publish(trainer, pl_module, self.result, images, sample, Path(directory))
+            if isinstance(target, str) and trainer.is_global_zero:
+                self._attempt(f"copy the files to {target}", lambda: safe_files.upload(Path(directory), target))
 
     def compress_now(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
         """Compress a module that is trained already, without a fit.
@@ -402,8 +406,9 @@ class LowRankCompression(Callback):
         """Like Lightning's own callbacks, leave no files behind in ``fast_dev_run`` unless a folder is asked for."""
         return self.dirpath is not None or not getattr(trainer, "fast_dev_run", False)
 
-    def _directory(self, trainer: Trainer) -> Path:
-        return self.dirpath or run_folder(trainer) / "compressed"
+    def _directory(self, trainer: Trainer) -> Path | str:
+        """A URL is a string."""
+        return self.dirpath or safe_files.path_or_url(safe_files.join(run_folder(trainer), "compressed"))
 
 
 def _export(name: str, result: CompressionResult, sample: Sample | None, directory: Path) -> ExportedFile:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lrf_lightning import safe_files
 from lrf_lightning.best_effort import best_effort
 from lrf_lightning.callbacks.checks import SHARDED
 from lrf_lightning.callbacks.clock import Clock
@@ -105,7 +105,7 @@ class RankMonitor(Callback):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.history: dict[int, dict[str, Spectrum]] = {}
         self._clock = Clock({})
-        self._folder = Path()
+        self._folder = ""
         self._batches: list[Any] | None = None
         self._loss: StepLoss | None = None
 
@@ -125,7 +125,7 @@ class RankMonitor(Callback):
         self.history, self._batches, self._loss = {}, None, None
         shares = {what: part * self.max_share for what, part in PARTS.items()}
         self._clock = Clock(shares, _expected(pl_module, self.include, self.exclude))
-        self._folder = run_folder(trainer) / "ranks"  # asks all processes
+        self._folder = safe_files.join(run_folder(trainer), "ranks")  # asks all processes
         if isinstance(trainer.strategy, SHARDED):
             self._clock.close(*PARTS)
             rank_zero_warn(
@@ -231,7 +231,7 @@ def _compression(trainer: Trainer) -> LowRankCompression:
     return found or LowRankCompression(objective="compact")
 
 
-def _draw(trainer: Trainer, history: Mapping[int, Mapping[str, Spectrum]], folder: Path) -> None:
+def _draw(trainer: Trainer, history: Mapping[int, Mapping[str, Spectrum]], folder: str) -> None:
     from lrf_lightning.plot_style import to_png
     from lrf_lightning.spectra_plots import spectra_over_time
 
@@ -242,9 +242,9 @@ def _draw(trainer: Trainer, history: Mapping[int, Mapping[str, Spectrum]], folde
             best_effort("log the picture of the ranks to W&B", partial(_log_picture, sink, picture, trainer))
 
 
-def _write(folder: Path, picture: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spectra.png").write_bytes(picture)
+def _write(folder: str, picture: bytes) -> None:
+    safe_files.make_folder(folder)
+    safe_files.write_bytes(safe_files.join(folder, "spectra.png"), picture)
 
 
 def _log_picture(sink: WandbLogger, picture: bytes, trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ import pickle
 import random
 from collections import OrderedDict
 
+import fsspec
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lrf_lightning import LowRankCompression, StepOutput, export, load_compressed, tracking
+from lrf_lightning import LowRankCompression, StepOutput, export, load_compressed, safe_files, tracking
 from lrf_lightning.modules import LowRankModule
 
 
@@ -578,6 +579,36 @@ class TestFiles:
         fit(Classifier(), compression(**options, save_points=False, dirpath=tmp_path / "one"), val=loader(seed=1))
         assert not (tmp_path / "one" / "points").exists()
 
+    @pytest.mark.parametrize("where", ["dirpath", "default_root_dir"])
+    def test_remote_folder(self, where, tmp_path):
+        options = {where: "memory://bucket/run"}
+        callback = compression(save=True, **(options if where == "dirpath" else {}))
+        run = trainer(callbacks=[callback], **(options if where == "default_root_dir" else {}))
+        try:
+            run.fit(Classifier(), loader(), loader(seed=1))
+            url = "memory://bucket/run" + ("" if where == "dirpath" else "/compressed")
+            for path in (url, f"{url}/compressed.ckpt"):
+                loaded = load_compressed(Classifier(), path)
+                torch.testing.assert_close(loaded.state_dict(), callback.result.model.state_dict(), rtol=0, atol=0)
+            assert fsspec.filesystem("memory").isfile(f"{url}/summary.csv")
+            fresh = Classifier()
+            trainer(callbacks=[compression()]).test(fresh, loader(), ckpt_path=f"{url}/compressed.ckpt", verbose=False)
+            torch.testing.assert_close(fresh.state_dict(), callback.result.model.state_dict(), rtol=0, atol=0)
+        finally:
+            fsspec.filesystem("memory").rm("/bucket", recursive=True)
+        assert {path.name for path in tmp_path.iterdir()} <= {".wandb"}
+
+    def test_a_remote_folder_that_cannot_be_written_is_a_warning(self, monkeypatch):
+        def failing(path, content):
+            raise PermissionError(13, "Access denied")
+
+        monkeypatch.setattr(safe_files, "write_bytes", lambda path, content: failing(path, content))
+        callback = compression(dirpath="memory://bucket/run", strict=False)
+        with pytest.warns(UserWarning, match=r"could not copy the files to memory://bucket/run .*Access denied.*kept"):
+            run = fit(Classifier(), callback, val=loader(seed=1))
+        assert callback.result is not None
+        assert run.callback_metrics["compress/failed"] == 0
+
     def test_export(self, tmp_path, capsys):
         class Called(Classifier):
             def forward(self, x):
@@ -744,7 +775,7 @@ class TestBadArguments:
             ({"score": 3}, "score=3 is neither a callable"),
             ({"selection": 3}, "selection=3 is no loader"),
             ({"dirpath": 3}, "dirpath=3 is no path"),
-            ({"dirpath": "s3://bucket/x"}, "dirpath='s3://bucket/x' is a URL"),
+            ({"dirpath": "nowhere://x"}, "dirpath='nowhere://x' cannot be used: Protocol not known: nowhere"),
             ({"export": "onx"}, "export='onx' is no list of formats; allowed are 'onnx', 'pt2'"),
             ({"export": ["pt2", 3]}, "is no list of formats"),
             ({"include": 3}, "include=3 is not a list of patterns"),
