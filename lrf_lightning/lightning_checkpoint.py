@@ -35,7 +35,7 @@ from lrf_lightning.weights_file import hash_tensors
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check_version", "is_lightning_checkpoint", "lightning_checkpoint", "parse_checkpoint"]
+__all__ = ["check_loaded", "is_lightning_checkpoint", "lightning_checkpoint", "parse_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,23 +97,33 @@ def parse_checkpoint(content: bytes, source: str) -> tuple[dict[str, Any], dict[
     record, state = check_record(checkpoint[RECORD_KEY], source), checkpoint.get("state_dict")
     if not isinstance(state, dict):
         raise CheckpointError(f"{source} is damaged: it has no state_dict")
+    _check_hash(state, record, source)
+    return state, record
+
+
+def check_loaded(checkpoint: Mapping[str, Any], *, weights: bool = True) -> None:
+    """Check a checkpoint that Lightning has loaded; one without a compressed model is fine.
+
+    Args:
+        checkpoint: its content.
+        weights: whether the weights must be those that were written.
+
+    Raises:
+        CheckpointError: if it holds a compressed model of a future version, a damaged description or other weights.
+    """
+    if RECORD_KEY in checkpoint:
+        record = check_record(checkpoint[RECORD_KEY], "the checkpoint")
+        if weights:
+            _check_hash(checkpoint["state_dict"], record, "the checkpoint")
+
+
+def _check_hash(state: Mapping[str, Any], record: Mapping[str, Any], source: str) -> None:
     found = hash_tensors(state)
     if found != record["weights_hash"]:
         raise CheckpointError(
             f"the weights in {source} were changed after it was written: their hash is {found[:12]}..., "
             f"the description says {record['weights_hash'][:12]}..."
         )
-    return state, record
-
-
-def check_version(checkpoint: Mapping[str, Any]) -> None:
-    """Check a checkpoint that Lightning has loaded; one without a compressed model is fine.
-
-    Raises:
-        CheckpointError: if it holds a compressed model of a future version or a damaged description.
-    """
-    if RECORD_KEY in checkpoint:
-        check_record(checkpoint[RECORD_KEY], "the checkpoint")
 
 
 def _assemble(trainer: Trainer, pl_module: LightningModule, result: Solution) -> dict[str, Any]:

@@ -192,6 +192,21 @@ class TestTrainer:
         with pytest.raises(CheckpointError, match="format version 7"):
             trainer(callbacks=[compression()]).test(Classifier(), loader(), ckpt_path=tmp_path / "future.ckpt")
 
+    def test_changed_weights_are_refused_unless_the_module_changes_them_itself(self, run, tmp_path):
+        content = torch.load(run[3], weights_only=True)
+        content["state_dict"]["net.0.bias"] += 1e-3
+        torch.save(content, tmp_path / "changed.ckpt")
+        with pytest.raises(CheckpointError, match="the weights in the checkpoint were changed after it was written"):
+            trainer(callbacks=[compression()]).test(Classifier(), loader(), ckpt_path=tmp_path / "changed.ckpt")
+
+        class Changing(Classifier):
+            def on_load_checkpoint(self, checkpoint):
+                checkpoint["state_dict"]["net.0.bias"] += 1e-3
+
+        module = Changing()
+        trainer(callbacks=[compression()]).test(module, loader(), ckpt_path=run[3], verbose=False)
+        torch.testing.assert_close(module.net[0].bias, run[2].model.net[0].bias + 1e-3)
+
     def test_missing_and_misshapen_tensors_are_refused(self, run, tmp_path):
         for edit, match in (
             (lambda state: state.pop("net.0.bias"), 'Missing key.*"net.0.bias"'),

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -236,14 +237,15 @@ class LowRankCompression(Callback):
             checks.check_single_writer(directory, [other._directory(trainer) for other in others])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse compressed checkpoints of a future version.
+        """Refuse compressed checkpoints of a future version or with changed weights.
 
         Raises:
             CheckpointError: if the checkpoint is one, or its description is damaged.
         """
-        from lrf_lightning.lightning_checkpoint import check_version
+        from lrf_lightning.lightning_checkpoint import check_loaded
 
-        check_version(checkpoint)
+        # a hook of the module may have changed the weights on purpose
+        check_loaded(checkpoint, weights=not is_overridden("on_load_checkpoint", pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the optimizers what a compressed checkpoint kept of their state."""
