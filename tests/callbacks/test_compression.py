@@ -768,7 +768,7 @@ class TestBadArguments:
             ({"keep": 0}, r"keep=0 is not a number in \(0, 1\]"),
             ({"keep": 1.5}, r"keep=1.5 is not a number in \(0, 1\]"),
             ({"keep": "half"}, "keep='half' is not a number"),
-            ({"cost": "latency"}, "cost='latency' is unknown"),
+            ({"cost": "speed"}, "cost='speed' is unknown"),
             ({"points": 1}, "points=1 is not a whole number of at least 2"),
             ({"weights": "bst"}, "weights='bst' is unknown.*did you mean 'best'"),
             ({"loss": 3}, "loss=3 is no callable"),
