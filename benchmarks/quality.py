@@ -39,7 +39,7 @@ from lrf_lightning.solver.joint import calibrated, solve
 
 FOLDER = Path(__file__).parent
 KEPT = (0.7, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)
-BASELINE: dict[str, Any] = {"prediction": "energy", "compensation": False, "probes": False}
+BASELINE: dict[str, Any] = {"prediction": "energy", "compensation": False, "probes": False, "batch_norm": False}
 METHODS: dict[str, dict[str, Any]] = {
     "plain SVD": {"metric": "euclidean", **BASELINE},
     "activation-whitened SVD": {"metric": "activation", **BASELINE},
@@ -80,13 +80,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nets", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *PAPER], choices=[*METHODS, *PAPER])
     parser.add_argument("--jobs", type=int, default=2, help="single-threaded processes that work side by side")
     parser.add_argument("--csv", type=Path, default=FOLDER / "quality.csv")
     options = parser.parse_args()
     runs = [(net, seed) for seed in options.seeds for net in options.nets]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        tasks = _missing(runs, _read(options.csv))
+        tasks = [task for task in _missing(runs, _read(options.csv)) if task.method in options.methods]
         untrained = list(dict.fromkeys((task.net, task.seed) for task in tasks if not _weights(task).is_file()))
         for _ in as_completed([pool.submit(_train, *run) for run in untrained]):
             pass

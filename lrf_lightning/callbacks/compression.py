@@ -118,6 +118,7 @@ class LowRankCompression(Callback):
         prediction: what the allocation trusts, the change of the ``loss`` or the lost ``energy`` of the weights.
         probes: whether the perturbation range is found by measuring a few truncations.
         compensation: whether factors are fitted to the inputs that they will really see.
+        batch_norm: whether statistics of batch norms are estimated anew where the selection split shows that it helps.
         damping: relative damping of second moments.
         first_order_errors: standard errors by which first-order terms are shrunk.
         range_factor: largest ratio of measured to predicted change inside the perturbation range.
@@ -177,6 +178,7 @@ class LowRankCompression(Callback):
         prediction: Prediction = "loss",
         probes: bool = True,
         compensation: bool = True,
+        batch_norm: bool = True,
         damping: float = 1e-2,
         first_order_errors: float = 2.0,
         range_factor: float = 3.0,

@@ -134,10 +134,12 @@ def compensated_target(
         # without damping null directions need a pseudo-inverse; a zero moment carries no evidence at all
         inverse = torch.linalg.pinv(input_moment, hermitian=True)
         correction: Tensor = cross_moment @ inverse + eye - input_moment @ inverse
-    else:
-        ridge = damping * mean * eye
-        correction = torch.linalg.solve(input_moment + ridge, cross_moment + ridge, left=False)
-    return weight.double() @ correction
+        return weight.double() @ correction
+    ridge = damping * mean * eye
+    # the weight comes first, since it has far fewer rows than the moments
+    weighted = weight.double() @ (cross_moment + ridge)
+    target: Tensor = torch.linalg.solve(input_moment + ridge, weighted, left=False)
+    return target
 
 
 @dataclass

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lrf_lightning.solver.allocation import Option, allocate, cheapest
+from lrf_lightning.solver.batch_norm import renormalized
 from lrf_lightning.solver.certificate import default_loss_margin
 from lrf_lightning.solver.compensation import fit_layers
 from lrf_lightning.solver.evaluation import Outcome
@@ -43,6 +44,7 @@ class Frontier:
     def __init__(self, work: Workspace, dense: Outcome) -> None:
         self.work, self.dense = work, dense
         self.measured: dict[tuple[tuple[str, int], ...], _Measured] = {}
+        self._renormalized: set[tuple[tuple[str, int], ...]] = set()
         self._latest: tuple[tuple[tuple[str, int], ...], nn.Module] | None = None
         self._allowed = _options(work, only_allowed=True)
         self._all = _options(work, only_allowed=False)
@@ -98,8 +100,8 @@ class Frontier:
         """
         new = {_key(ranks): ranks for ranks in allocations if _key(ranks) not in self.measured}
         for (key, ranks), compressed in zip(new.items(), self._built(list(new.values())), strict=True):
+            compressed, outcome = self._better_norms(key, compressed)
             self._latest = key, compressed
-            outcome = self.work.evaluate(compressed, "selection", keep_logits=True)
             self.measured[key] = _Measured(self._point(ranks, compressed, outcome), outcome)
             if then is not None:
                 then(self.measured[key].point, compressed)
@@ -109,7 +111,25 @@ class Frontier:
         """A compensated copy of the dense model with the given ranks; the latest one is not made anew."""
         if self._latest is not None and self._latest[0] == _key(ranks):
             return self._latest[1]
-        return next(self._built([ranks]))
+        compressed = next(self._built([ranks]))
+        return (self._with_norms(compressed) or compressed) if _key(ranks) in self._renormalized else compressed
+
+    def _better_norms(self, key: tuple[tuple[str, int], ...], compressed: nn.Module) -> tuple[nn.Module, Outcome]:
+        """The model with new statistics of its batch norms if its selection loss is lower so, and its losses there."""
+        outcome = self.work.evaluate(compressed, "selection", keep_logits=True)
+        changed = self._with_norms(compressed) if self.work.settings.batch_norm and key else None
+        if changed is None:
+            return compressed, outcome
+        other = self.work.evaluate(changed, "selection", keep_logits=True)
+        if not other.measurement().loss < outcome.measurement().loss:
+            return compressed, outcome
+        self._renormalized.add(key)
+        return changed, other
+
+    def _with_norms(self, compressed: nn.Module) -> nn.Module | None:
+        work = self.work
+        with work.stage("batch norms", 0):
+            return renormalized(compressed, work.loss, work.calibration, work.device, work.processes)
 
     def _built(self, allocations: Sequence[Mapping[str, int]]) -> Iterator[nn.Module]:
         """Compensated copies of the dense model, as many at a time as fit into memory."""

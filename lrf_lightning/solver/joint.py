@@ -88,7 +88,7 @@ def calibrated(
     finds.
     """
     if settings.objective == "paper":  # the published algorithm knows neither metrics nor compensation
-        settings = dataclasses.replace(settings, metric="euclidean", compensation=False, probes=False)
+        settings = dataclasses.replace(settings, metric="euclidean", compensation=False, probes=False, batch_norm=False)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     processes = current_processes(device)
     with processes.together("the copy of the model"):

@@ -53,6 +53,8 @@ class Settings:
             ``energy`` (the share of the weight's squared norm that is lost, as plain and whitened SVD do).
         probes: whether the perturbation range is found by measuring a few truncations, with ``prediction="loss"``.
         compensation: whether factors are fitted to the inputs that they will really see, layer after layer.
+        batch_norm: whether running statistics of batch norms are estimated anew on the calibration data, where that
+            lowers the loss on the selection split.
         damping: relative damping of the second moments of inputs and gradients, at least 0.
         first_order_errors: standard errors by which a first-order term is shrunk towards 0 before it is believed.
         range_factor: a rank is inside the perturbation range while measured and predicted change differ by no more
@@ -94,6 +96,7 @@ class Settings:
     prediction: Prediction = "loss"
     probes: bool = True
     compensation: bool = True
+    batch_norm: bool = True
     damping: float = 1e-2
     first_order_errors: float = 2.0
     range_factor: float = 3.0
@@ -139,7 +142,7 @@ class Settings:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.predicate is not None and not callable(self.predicate):
             raise ValueError(f"predicate={self.predicate!r} is no callable; give predicate(name, module) or None")
-        for name in ("probes", "compensation", "frozen"):
+        for name in ("probes", "compensation", "batch_norm", "frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
 
