@@ -47,7 +47,7 @@ FORMAT_VERSION = 1
 # what is read after the calibration only; a new setting counts until it is listed here
 LATER = {
     "objective", "keep", "budgets", "cost", "tolerance", "score_tolerance", "ties", "loss_margin", "score_margin",
-    "confidence", "points", "refinements", "rank_multiple", "variant", "gamma", "gamma_kind",
+    "confidence", "speed", "points", "refinements", "rank_multiple", "variant", "gamma", "gamma_kind",
 }  # fmt: skip
 # the candidates themselves are in the key
 CHOICE = {"include", "exclude", "types", "exclude_types", "predicate", "frozen", "min_params"}

@@ -23,6 +23,7 @@ from lrf_lightning.report_cells import (
     percent,
     unsigned,
 )
+from lrf_lightning.report_speed import speed_notes, speed_table
 from lrf_lightning.solver.result import LayerResult, Solution
 from lrf_lightning.summary import factorized_params
 from lrf_lightning.tables import Row, frontier_rows, share
@@ -60,6 +61,10 @@ def print_report(result: Solution, *, console: Console | None = None) -> None:
     elif result.frontier:
         console.print(_frontier_table(result, wide=console.width >= WIDE))
         _say(console, _frontier_note(result))
+    if result.speed is not None:
+        console.print(speed_table(result, wide=console.width >= WIDE))
+        for line in speed_notes(result):
+            _say(console, line)
     console.print()
     _say(console, verdict_sentence(result), style="bold")
     for line in (_choice(result), temperature_sentence(result.certificate), _time(result)):

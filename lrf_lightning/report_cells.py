@@ -8,7 +8,18 @@ from rich.table import Table
 from lrf_lightning.solver.result import Solution
 from lrf_lightning.verdict import decimals, signed
 
-__all__ = ["column_name", "count", "decimal_places", "loss_places", "new_table", "optional", "percent", "unsigned"]
+__all__ = [
+    "column_name",
+    "count",
+    "decimal_places",
+    "loss_places",
+    "new_table",
+    "optional",
+    "optional_ratio",
+    "percent",
+    "scaled",
+    "unsigned",
+]
 
 NARROW = 7
 
@@ -37,6 +48,28 @@ def optional(value: float | None, places: int) -> str:
 def unsigned(value: float, places: int) -> str:
     """A number without a plus."""
     return f"{value:.{places}f}"
+
+
+def optional_ratio(value: float | None) -> str:
+    """A ratio with two places, nothing for None."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def scaled(value: float, unit: str) -> str:
+    """At least three digits of seconds, bytes, samples per second or operations, with a prefix."""
+    scales: list[tuple[float, str]]
+    if unit == "bytes":
+        scales = [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")]
+    elif unit == "s":
+        scales = [(1, "s"), (1e-3, "ms"), (1e-6, "us")]
+    elif unit == "samples/s":
+        scales = [(1, "/s")]
+    else:
+        scales = [(1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"), (1, "FLOP")]
+    size, name = next(((size, name) for size, name in scales if value >= size), scales[-1])
+    digits = value / size
+    whole = len(str(int(digits)))
+    return f"{digits:,.{max(0, 3 - whole)}f} {name}"
 
 
 def percent(value: float | None) -> str:

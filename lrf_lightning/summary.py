@@ -9,6 +9,14 @@ The names are those of W&B's run summary, of ``trainer.callback_metrics`` and of
 ``compress/flops_layers_before``          multiply-adds per sample of the factorizable layers; ``_after``; ``_kept``
 ``compress/latency_layers_before``        seconds per sample of the factorizable layers with ``cost="latency"``, added
                                           up from measured layers; ``_after``; ``_kept``
+``compress/bytes_on_disk_before``         weights and buffers in a file; ``_after``; ``_kept``
+``compress/peak_memory_before``           bytes of a pass with weights and buffers; ``_after``; ``_kept``
+``compress/flops_model_before``           operations per sample of the whole model; ``_after``; ``_kept``
+``compress/speedup/<call>``               time of the original over that of the compressed model, where the call is
+                                          ``eager_batch_1`` or ``eager_batch_large``, or ``compile_`` for
+                                          ``torch.compile``; ``_lower`` and ``_upper`` are its 95 % bounds
+``compress/latency_dense/<call>``         seconds per call; ``compress/latency_compressed/<call>``
+``compress/throughput_dense/<call>``      samples per second; ``compress/throughput_compressed/<call>``
 ``compress/layers_factorized``            number of layers that are factorized, ``layers_dense`` of factorizable layers
                                           that stay dense, ``layers_left_alone`` of layers that cannot be factorized
 ``compress/loss_dense``                   loss on the verification split; ``loss_compressed``
@@ -39,6 +47,7 @@ from __future__ import annotations
 
 from lrf_lightning.solver.pareto import HOLDS, holding
 from lrf_lightning.solver.result import Certificate, Interval, Solution
+from lrf_lightning.solver.speed_result import Speed
 from lrf_lightning.tables import share
 
 __all__ = ["HOLDS", "PREFIX", "factorized_params", "summary"]
@@ -56,6 +65,7 @@ def summary(result: Solution) -> dict[str, float]:
         "latency_layers": result.latency_layers or (None, None),
         "flops_layers": result.flops_layers if result.flops_layers[0] else (None, None),
     }
+    pairs |= _size_pairs(result.speed)
     for name, (before, after) in pairs.items():
         figures |= {f"{name}_before": before, f"{name}_after": after}
         figures[f"{name}_kept"] = None if before is None or after is None else share(after, before)
@@ -65,6 +75,7 @@ def summary(result: Solution) -> dict[str, float]:
     figures["layers_left_alone"] = len(result.layers) - len(factorizable)
     figures |= _verdict_figures(result.certificate)
     figures |= _frontier_figures(result)
+    figures |= _speed_figures(result.speed)
     figures |= {f"samples_{split}": count for split, count in result.samples.items()}
     figures |= {_stage_name(stage): seconds for stage, seconds in result.seconds.items()}
     return {PREFIX + name: float(value) for name, value in figures.items() if value is not None}
@@ -74,6 +85,34 @@ def factorized_params(result: Solution) -> tuple[int, int]:
     """Weight entries of the layers that were factorized, before and after."""
     chosen = [layer for layer in result.layers if layer.rank is not None]
     return sum(layer.params_before for layer in chosen), sum(layer.params_after for layer in chosen)
+
+
+def _size_pairs(speed: Speed | None) -> dict[str, tuple[float | None, float | None]]:
+    if speed is None:
+        return {}
+    unknown = (None, None)
+    return {
+        "bytes_on_disk": speed.bytes_on_disk,
+        "peak_memory": speed.peak_memory or unknown,
+        "flops_model": speed.flops or unknown,
+    }
+
+
+def _speed_figures(speed: Speed | None) -> dict[str, float | None]:
+    figures: dict[str, float | None] = {}
+    timings = [] if speed is None else speed.timings
+    for timing in timings:
+        where = f"{timing.runtime}_batch_{'1' if timing.batch == 1 else 'large'}"
+        figures |= {
+            f"speedup/{where}": timing.speedup,
+            f"speedup/{where}_lower": timing.lower,
+            f"speedup/{where}_upper": timing.upper,
+            f"latency_dense/{where}": timing.seconds[0],
+            f"latency_compressed/{where}": timing.seconds[1],
+            f"throughput_dense/{where}": timing.throughput[0],
+            f"throughput_compressed/{where}": timing.throughput[1],
+        }
+    return figures
 
 
 def _stage_name(stage: str) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "probe_rows",
     "rank_rows",
     "share",
+    "speed_rows",
     "write_csv",
 ]
 
@@ -205,6 +206,41 @@ def change_rows(result: Solution) -> list[Row]:
         }
         for change in result.changes
     ]
+
+
+def speed_rows(result: Solution) -> list[Row]:
+    """One row per figure of speed and size, empty if they were not measured.
+
+    ``ratio`` is compressed over dense, but for a latency the median of the paired ratios of dense over compressed, with
+    its 95 % bounds ``lower`` and ``upper``.
+    """
+    speed = result.speed
+    if speed is None:
+        return []
+    pairs: list[tuple[str, str, tuple[float, float] | None]] = [
+        ("size on disk", "bytes", speed.bytes_on_disk),
+        ("operations", "FLOP/sample", speed.flops),
+        ("peak memory", "bytes", speed.peak_memory),
+    ]
+    rows = [_speed_row(figure, unit, pair) for figure, unit, pair in pairs if pair is not None]
+    for timing in speed.timings:
+        where = {"batch": timing.batch, "runtime": timing.runtime}
+        bounds = {"ratio": timing.speedup, "lower": timing.lower, "upper": timing.upper}
+        rows.append(_speed_row("latency", "s", timing.seconds) | where | bounds)
+        rows.append(_speed_row("throughput", "samples/s", timing.throughput) | where)
+    return rows
+
+
+def _speed_row(figure: str, unit: str, pair: tuple[float, float]) -> Row:
+    dense, compressed = pair
+    known = {
+        "figure": figure,
+        "unit": unit,
+        "dense": dense,
+        "compressed": compressed,
+        "ratio": share(compressed, dense),
+    }
+    return {**known, "lower": None, "upper": None, "batch": None, "runtime": None}
 
 
 def share(part: float, whole: float) -> float | None:

@@ -5,9 +5,9 @@
 W&B                          see :mod:`lrf_lightning.wandb_run`
 any other logger             the same figures through ``log_metrics``
 folder                       ``summary.csv``, ``layers.csv``, ``frontier.csv``, ``ranks.csv``, ``curves.csv``,
-                             ``probes.csv``, ``changes.csv``, and ``frontier.png``, ``layers.png``, ``ranks.png``,
-                             ``predicted_vs_measured.png``, ``spectra.png``, ``curves.png`` (or ``spectra_1.png``, ...),
-                             ``changes.png``, ``changed_samples.png``
+                             ``probes.csv``, ``changes.csv``, ``speed.csv``, and ``frontier.png``, ``layers.png``,
+                             ``ranks.png``, ``predicted_vs_measured.png``, ``spectra.png``, ``curves.png`` (or
+                             ``spectra_1.png``, ...), ``changes.png``, ``changed_samples.png``
 ===========================  ===========================================================================================
 
 Only rank zero writes. Whatever cannot be written, because a disk is full, a folder is gone or a connection is lost, is
@@ -28,7 +28,16 @@ from torch import Tensor
 
 from lrf_lightning.best_effort import best_effort
 from lrf_lightning.summary import PREFIX, summary
-from lrf_lightning.tables import change_rows, curve_rows, frontier_rows, layer_rows, probe_rows, rank_rows, write_csv
+from lrf_lightning.tables import (
+    change_rows,
+    curve_rows,
+    frontier_rows,
+    layer_rows,
+    probe_rows,
+    rank_rows,
+    speed_rows,
+    write_csv,
+)
 from lrf_lightning.verdict import verdict_sentence
 from lrf_lightning.wandb_run import Media, log_to_wandb
 
@@ -103,6 +112,7 @@ def _write_tables(result: CompressionResult, figures: Mapping[str, float], direc
     write_csv(directory / "curves.csv", curve_rows(result))
     write_csv(directory / "probes.csv", probe_rows(result))
     write_csv(directory / "changes.csv", change_rows(result))
+    write_csv(directory / "speed.csv", speed_rows(result))
 
 
 def _draw_pictures(result: CompressionResult, images: Mapping[int, Tensor]) -> dict[str, bytes]:

@@ -252,7 +252,7 @@ def test_progress_is_told(trained):
     squeeze(trained, progress=lambda *report: told.append(report))
     stages = list(dict.fromkeys(stage for stage, _, _ in told))
     assert stages[0] == "evaluation"
-    assert stages[-1] == "verification"
+    assert stages[-1] == "speed"
     assert all(total == 0 or done <= total for _, done, total in told)
     assert ("statistics", 6, 6) in told
 

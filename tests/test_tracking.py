@@ -12,7 +12,16 @@ from lrf_lightning.export import ExportedFile
 from lrf_lightning.summary import summary
 from lrf_lightning.tracking import log_solution
 
-TABLES = {"summary.csv", "layers.csv", "frontier.csv", "ranks.csv", "curves.csv", "probes.csv", "changes.csv"}
+TABLES = {
+    "summary.csv",
+    "layers.csv",
+    "frontier.csv",
+    "ranks.csv",
+    "curves.csv",
+    "probes.csv",
+    "changes.csv",
+    "speed.csv",
+}
 PICTURES = {
     f"{n}.png" for n in ("frontier", "layers", "ranks", "predicted_vs_measured", "spectra", "curves", "changes")
 }
@@ -54,7 +63,7 @@ def test_sizes_of_exports_are_logged(tmp_path, one_picture):
         ExportedFile("pt2", tmp_path / "model.pt2", 600, None, 0.0, ()),
     ]
     log_solution(trainer, tiny_result(), tmp_path, exports=exports)
-    sizes = {name: float(value) for name, value in trainer.callback_metrics.items() if "bytes" in name}
+    sizes = {name: float(value) for name, value in trainer.callback_metrics.items() if "_bytes" in name}
     assert sizes == {"compress/onnx_bytes": 500, "compress/onnx_bytes_dense": 1000, "compress/pt2_bytes": 600}
     assert "compress/onnx_bytes_dense,1000" in (tmp_path / "summary.csv").read_text()
 

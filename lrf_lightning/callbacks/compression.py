@@ -48,6 +48,7 @@ from lrf_lightning.solver.settings import (
     PaperVariant,
     Prediction,
     Settings,
+    SpeedRuntime,
 )
 from lrf_lightning.step_loss import Score, StepLoss
 from lrf_lightning.tracking import log_solution
@@ -113,6 +114,7 @@ class LowRankCompression(Callback):
         loss_margin: increase of the loss that counts as not worse; None is the larger of 2 % and 0.005.
         score_margin: fall of the score that counts as not worse.
         confidence: one-sided confidence of the verdict, in (0.5, 1).
+        speed: how both models are timed for the report, ``none``, ``eager`` or ``compile``.
         points: number of allocations that are measured.
         refinements: bisection steps between them.
         prediction: what the allocation trusts, the change of the ``loss`` or the lost ``energy`` of the weights.
@@ -173,6 +175,7 @@ class LowRankCompression(Callback):
         loss_margin: float | None = None,
         score_margin: float = 0.005,
         confidence: float = 0.95,
+        speed: SpeedRuntime = "eager",
         points: int = 8,
         refinements: int = 3,
         prediction: Prediction = "loss",

@@ -27,6 +27,7 @@ from lrf_lightning.solver.pareto import marked
 from lrf_lightning.solver.point_models import PointModels
 from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, Solution
 from lrf_lightning.solver.settings import Settings
+from lrf_lightning.solver.speed import measure_speed
 from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Progress, Workspace
 from lrf_lightning.surgery import Candidate, Skipped, find_layers, prepare, settle
@@ -262,6 +263,8 @@ def _solution(
         unchanged=choice.point is None,
     )
     settle(compressed)
+    with work.stage("speed", 0):
+        speed = measure_speed(work, compressed, ranks)
     layers = _layer_results(work, ranks)
     work.seconds["total"] = time.perf_counter() - started
     return Solution(
@@ -280,6 +283,7 @@ def _solution(
         samples=dict(work.samples),
         changes=changed_samples(before, after),
         latency_layers=_latencies(work, ranks),
+        speed=speed,
         point_models=choice.models,
     )
 

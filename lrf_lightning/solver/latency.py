@@ -36,12 +36,13 @@ from lrf_lightning.solver.layer_input import LayerInput
 from lrf_lightning.solver.statistics import LayerStatistics, TiedUse
 from lrf_lightning.surgery.kinds import low_rank_type
 
-__all__ = ["LayerLatency", "LayerTimes", "measure_layers", "median_polish", "rising"]
+__all__ = ["LayerLatency", "LayerTimes", "device_name", "measure_layers", "median_polish", "ratio_at", "rising", "wait"]
 
 METHOD = 1  # part of the key of kept figures: raise it when they are measured differently
 CALL_SECONDS = 0.01  # the batch is cut until the dense layer takes no longer
 SHORTEST_SECONDS = 0.0005  # calls are repeated until they take as long
 SHAPE_SECONDS = 2.0  # for one shape of layer
+RANK_SECONDS = 0.25  # for one rank by itself
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 25
 PRECISION = 0.01  # standard error of a logarithm of a duration at which no more rounds are run
 RANKS = 9  # ranks that are timed
@@ -129,11 +130,18 @@ def _measure_layer(layer: LayerStatistics, device: torch.device, multiple: int) 
         uses.append((layer.tied.module, layer.tied))
     return LayerLatency(
         tuple(
-            (_cached_times(module, use.observed, ranks, device), use.rows_per_sample)
+            (_cached_times(module, use.observed, ranks, device, SHAPE_SECONDS), use.rows_per_sample)
             for module, use in uses
             if use.observed is not None
         )
     )
+
+
+def ratio_at(layer: LayerStatistics, rank: int, device: torch.device) -> float | None:
+    """Time of a layer at one rank over that of the dense layer, None if it never ran."""
+    if layer.observed is None:
+        return None
+    return _cached_times(layer.candidate.module, layer.observed, (rank,), device, RANK_SECONDS).ratios[0]
 
 
 def grid(max_rank: int, multiple: int) -> tuple[int, ...]:
@@ -147,7 +155,9 @@ def grid(max_rank: int, multiple: int) -> tuple[int, ...]:
     return tuple(sorted(multiple * count for count in wanted if count))
 
 
-def _cached_times(module: nn.Module, given: LayerInput, ranks: tuple[int, ...], device: torch.device) -> LayerTimes:
+def _cached_times(
+    module: nn.Module, given: LayerInput, ranks: tuple[int, ...], device: torch.device, limit: float
+) -> LayerTimes:
     key = {
         "method": METHOD,
         "device": device_name(device),
@@ -160,7 +170,7 @@ def _cached_times(module: nn.Module, given: LayerInput, ranks: tuple[int, ...], 
     kept = latency_cache.look_up(key)
     times = None if kept is None else _parsed(kept, ranks)
     if times is None:
-        times = _measure(module, given, ranks, device)
+        times = _measure(module, given, ranks, device, limit)
         latency_cache.keep(key, asdict(times))
     return times
 
@@ -201,7 +211,9 @@ def device_name(device: torch.device) -> str:
 
 
 @torch.no_grad()
-def _measure(module: nn.Module, given: LayerInput, ranks: Sequence[int], device: torch.device) -> LayerTimes:
+def _measure(
+    module: nn.Module, given: LayerInput, ranks: Sequence[int], device: torch.device, limit: float
+) -> LayerTimes:
     started = time.perf_counter()
     with given.precision(device):
         given, once = _affordable(module, given, device)
@@ -220,7 +232,7 @@ def _measure(module: nn.Module, given: LayerInput, ranks: Sequence[int], device:
             rounds.append([math.log(max(taken[index], 1e-9)) for index in range(len(variants))])
             if len(rounds) >= FEWEST_ROUNDS:
                 durations, errors = median_polish(torch.tensor(rounds, dtype=torch.float64))
-                if float(errors.max()) < PRECISION or time.perf_counter() - started > SHAPE_SECONDS:
+                if float(errors.max()) < PRECISION or time.perf_counter() - started > limit:
                     break
     durations, errors = median_polish(torch.tensor(rounds, dtype=torch.float64))
     smooth = rising((durations[1:] - durations[0]).tolist())
@@ -256,15 +268,16 @@ def _stand_in(module: nn.Module, rank: int) -> nn.Module:
 
 def _duration(module: nn.Module, x: Tensor, calls: int) -> float:
     """Seconds of one call, the mean over ``calls``."""
-    _wait(x.device)
+    wait(x.device)
     started = time.perf_counter()
     for _ in range(calls):
         module(x)
-    _wait(x.device)
+    wait(x.device)
     return (time.perf_counter() - started) / calls
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Let the device finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -9,6 +9,7 @@ from torch import nn
 
 from lrf_lightning.solver.point_models import PointModels
 from lrf_lightning.solver.settings import Settings
+from lrf_lightning.solver.speed_result import Speed
 
 __all__ = [
     "Certificate",
@@ -254,6 +255,7 @@ class Solution:
         flops_layers: multiply-adds per sample of the factorizable layers, before and after.
         latency_layers: seconds per sample of the factorizable layers, before and after, added up from the
             measured layers; None unless ``cost="latency"``.
+        speed: speed and size beside the original's, None if nothing was compressed or they were not measured.
         message: one sentence on how the choice was made, or why there was none.
         seconds: wall-clock seconds of every stage by name.
         samples: number of samples in every split by name.
@@ -278,5 +280,6 @@ class Solution:
     samples: dict[str, int]
     changes: list[SampleChange] = field(default_factory=list)
     latency_layers: tuple[float, float] | None = None
+    speed: Speed | None = None
     point_models: PointModels | None = field(default=None, repr=False, compare=False)
     score_name: str = ""

@@ -10,7 +10,17 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-__all__ = ["BUDGETS", "Cost", "GammaKind", "Metric", "Objective", "PaperVariant", "Prediction", "Settings"]
+__all__ = [
+    "BUDGETS",
+    "Cost",
+    "GammaKind",
+    "Metric",
+    "Objective",
+    "PaperVariant",
+    "Prediction",
+    "Settings",
+    "SpeedRuntime",
+]
 
 Objective = Literal["lossless", "compact", "budget", "frontier", "paper"]
 Metric = Literal["euclidean", "activation", "fisher"]
@@ -18,6 +28,7 @@ Cost = Literal["params", "flops", "latency"]
 Prediction = Literal["loss", "energy"]
 PaperVariant = Literal["lossless", "compact"]
 GammaKind = Literal["relative", "mean_square"]
+SpeedRuntime = Literal["none", "eager", "compile"]
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
 
@@ -49,6 +60,8 @@ class Settings:
         confidence: one-sided confidence of the verdict's bounds, in (0.5, 1).
         points: number of allocations that are measured for the frontier, at least 2.
         refinements: bisection steps that ``compact`` and ``lossless`` add between frontier points.
+        speed: how both models are timed for the report, at the size of a verification batch and at one sample, each for
+            a few seconds: ``eager``, ``compile`` (with ``torch.compile`` as well, which takes its time) or ``none``.
         prediction: what the allocation trusts, ``loss`` (first-order change and curvature of the model's loss) or
             ``energy`` (the share of the weight's squared norm that is lost, as plain and whitened SVD do).
         probes: whether the perturbation range is found by measuring a few truncations, with ``prediction="loss"``.
@@ -93,6 +106,7 @@ class Settings:
     confidence: float = 0.95
     points: int = 8
     refinements: int = 3
+    speed: SpeedRuntime = "eager"
     prediction: Prediction = "loss"
     probes: bool = True
     compensation: bool = True
@@ -119,6 +133,7 @@ class Settings:
         _check_choice("objective", self.objective, get_args(Objective))
         _check_choice("metric", self.metric, get_args(Metric))
         _check_choice("cost", self.cost, get_args(Cost))
+        _check_choice("speed", self.speed, get_args(SpeedRuntime))
         _check_choice("variant", self.variant, get_args(PaperVariant))
         _check_number("keep", self.keep, above=0, most=1)
         object.__setattr__(self, "budgets", _shares("budgets", self.budgets))

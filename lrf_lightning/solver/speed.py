@@ -1,0 +1,334 @@
+"""Time the compressed model beside the original on a real batch.
+
+Both models run in turn, in a new order in every round, so that whatever slows the machine down meets both of them. The
+speed-up is the median of the paired ratios, with a distribution-free confidence interval from the order statistics of
+the sign test. Called is the forward of the model, or of the one part of it that holds its weights, as the user's loss
+called it; where that is not seen, the loss itself.
+
+A batch that takes too long is cut. Several processes make the same calls, each on its own batch, since a model may hold
+collectives; their number cannot depend on times, and the figures are those of the first.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import statistics
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrf_lightning.solver.evaluation import batch_size, evaluation_mode, to_device
+from lrf_lightning.solver.latency import device_name, ratio_at, wait
+from lrf_lightning.solver.speed_result import Pair, Runtime, SlowerLayer, Speed, Timing
+from lrf_lightning.solver.workspace import Workspace
+from lrf_lightning.surgery import settle
+
+__all__ = ["measure_speed"]
+
+TIMING_SECONDS = 4.0  # for one runtime and batch size
+CALL_SECONDS = 0.5  # a batch that takes longer is cut
+SHORTEST_SECONDS = 0.002  # calls are repeated until they take as long
+FEWEST_ROUNDS, MOST_ROUNDS = 7, 31
+MOST_LAYERS = 12  # of those that are looked at where the model is not faster
+SLOWER = 1.02  # ratio of times from which a layer is called slower
+WEIGHTS_SHARE = 0.9  # of all weights that the part holds which is called instead of the whole
+
+
+def measure_speed(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int]) -> Speed | None:
+    """Speed and size of the compressed model beside the original; a failure is a warning.
+
+    Args:
+        work: the dense model, the data and the settings.
+        compressed: the compressed model, settled.
+        ranks: ranks of its layers.
+    """
+    if work.settings.speed == "none" or not ranks:
+        return None
+    try:
+        with work.processes.together("the measurement of speed"):
+            found = _measured(work, compressed, ranks)
+        return work.processes.of_first(found)
+    except Exception as error:  # user code, compilers; the result does not depend on it
+        warnings.warn(f"The speed was not measured ({type(error).__name__}: {error})", stacklevel=2)
+        return None
+
+
+def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int]) -> Speed | None:
+    batch = next(iter(work.splits["verification"]), None)
+    if batch is None:  # this process has none
+        return None
+    dense = copy.deepcopy(work.model)
+    settle(dense)
+    models = (dense, compressed)
+    with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():
+        calls = [_Call.seen(model, work, batch) for model in models]
+        timings, problems = _timings(work, calls)
+        largest = [call.resized(timings[0].batch if timings else call.size) for call in calls]
+        flops = _tolerated(problems, "count operations", lambda: _pair(_flops, largest))
+        peak = _tolerated(problems, "measure memory", lambda: _pair(_peak_memory, largest))
+        slower, timed = _slower_layers(work, timings, ranks)
+    return Speed(
+        device=device_name(work.device),
+        what=calls[0].what,
+        timings=timings,
+        bytes_on_disk=(_size(dense), _size(compressed)),
+        flops=None if flops is None else (flops[0] / largest[0].size, flops[1] / largest[1].size),
+        peak_memory=None if peak is None else (int(peak[0]), int(peak[1])),
+        slower_layers=slower,
+        timed_layers=timed,
+        problems=problems,
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a model that can be repeated with fewer samples.
+
+    Attributes:
+        model: the model.
+        what: ``forward`` or ``step``.
+        function: what is called.
+        arguments: with which positional and keyword arguments.
+        size: samples in them.
+        autocast: dtype of automatic mixed precision, None without.
+        device: of the model.
+    """
+
+    model: nn.Module
+    what: str
+    function: Callable[..., Any]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    size: int
+    autocast: torch.dtype | None
+    device: torch.device
+
+    @classmethod
+    def seen(cls, model: nn.Module, work: Workspace, batch: Any) -> _Call:
+        """What the user's loss calls, the model or the child that holds nearly all weights; else the loss itself."""
+        batch, kind = to_device(batch, work.device), work.device.type
+        found: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], torch.dtype | None]] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            found.append((module, args, kwargs, mixed))
+
+        handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in _whole_parts(model)]
+        try:
+            work.loss(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if sum(module is found[0][0] for module, *_ in found) == 1:
+            module, args, kwargs, mixed = found[0]
+            return cls(model, "forward", module, (args, kwargs), batch_size(batch), mixed, work.device)
+        return cls(model, "step", work.loss, ((model, batch), {}), batch_size(batch), None, work.device)
+
+    def resized(self, size: int) -> _Call:
+        """The same call with the first samples only."""
+        if size >= self.size:
+            return self
+
+        def cut(value: Any) -> Any:
+            batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.size
+            return value[:size] if batched else value
+
+        arguments = pytree.tree_map(cut, self.arguments)
+        return _Call(self.model, self.what, self.function, arguments, size, self.autocast, self.device)
+
+    def compiled(self) -> _Call:
+        """The same call through ``torch.compile``."""
+        function: Callable[..., Any] = torch.compile(self.function)
+        return _Call(self.model, self.what, function, self.arguments, self.size, self.autocast, self.device)
+
+    def run(self) -> None:
+        """Call once, without waiting for the device."""
+        args, kwargs = self.arguments
+        self.function(*args, **kwargs)
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """The precision that the call was seen at."""
+        with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            yield
+
+    def seconds(self, repeats: int = 1) -> float:
+        """Seconds of one call, the mean over some repeats."""
+        with self.precision():
+            wait(self.device)
+            started = time.perf_counter()
+            for _ in range(repeats):
+                self.run()
+            wait(self.device)
+            return (time.perf_counter() - started) / repeats
+
+
+def _whole_parts(model: nn.Module) -> list[nn.Module]:
+    """The model, and the children that hold nearly all of its weights."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    children = [m for m in model.children() if sum(p.numel() for p in m.parameters()) >= WEIGHTS_SHARE * total]
+    return [model, *children]
+
+
+def _timings(work: Workspace, calls: list[_Call]) -> tuple[list[Timing], list[str]]:
+    """For every runtime the largest affordable batch, then a single sample."""
+    runtimes: list[Runtime] = ["eager", "compile"] if work.settings.speed == "compile" else ["eager"]
+    timings: list[Timing] = []
+    problems: list[str] = []
+    large = _affordable(work, calls)
+    for runtime in runtimes:
+        for size in dict.fromkeys((large, 1)):
+            what = f"time {runtime} at batch {size}"
+            found = _tolerated(problems, what, lambda: _timing(work, calls, runtime, size))  # noqa: B023 (called at once)
+            timings += [] if found is None else [found]
+    return timings, problems
+
+
+def _affordable(work: Workspace, calls: list[_Call]) -> int:
+    """The largest number of samples at which a call of the dense model takes no longer than it may."""
+    size = calls[0].size
+    for _ in range(3 if work.processes.size == 1 else 0):
+        call = calls[0].resized(size)
+        call.seconds()
+        took = call.seconds()
+        if took <= 1.5 * CALL_SECONDS or size == 1:
+            break
+        size = max(1, int(size * CALL_SECONDS / took))
+    return size
+
+
+def _timing(work: Workspace, calls: list[_Call], runtime: Runtime, size: int) -> Timing:
+    pair = [call.resized(size) for call in calls]
+    if runtime == "compile":
+        pair = [call.compiled() for call in pair]
+    for call in pair:
+        call.seconds()
+    repeats, rounds = 1, FEWEST_ROUNDS
+    if work.processes.size == 1:
+        once = max(sum(call.seconds() for call in pair), 1e-9)
+        repeats = max(1, math.ceil(2 * SHORTEST_SECONDS / once))
+        rounds = min(max(int(TIMING_SECONDS / (once * repeats)), FEWEST_ROUNDS), MOST_ROUNDS)
+    order, shuffle = [0, 1], random.Random(0)  # the user's random state stays as it is
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for index in order:
+            seconds[index].append(pair[index].seconds(repeats))
+    ratios = sorted(dense / compressed for dense, compressed in zip(*seconds, strict=True))
+    low, high = median_interval(rounds)
+    return Timing(
+        runtime=runtime,
+        batch=size,
+        seconds=(statistics.median(seconds[0]), statistics.median(seconds[1])),
+        speedup=statistics.median(ratios),
+        lower=ratios[low],
+        upper=ratios[high],
+        rounds=rounds,
+    )
+
+
+def median_interval(count: int, confidence: float = 0.95) -> tuple[int, int]:
+    """Indices into sorted values between which their true median lies with some confidence, or the outermost two."""
+    below, tail = 0, 0.0
+    for index in range(count // 2):
+        tail += math.comb(count, index) / 2**count
+        if 2 * tail > 1 - confidence:
+            break
+        below = index
+    return below, count - 1 - below
+
+
+def _tolerated(problems: list[str], what: str, action: Callable[[], Any]) -> Any:
+    """The result of ``action``, None if it fails; why is noted."""
+    try:
+        return action()
+    except Exception as error:  # user code, compilers
+        lines = str(error).strip().splitlines() or [""]
+        problems.append(f"could not {what} ({type(error).__name__}: {lines[0][:120]})")
+        return None
+
+
+def _pair(function: Callable[[_Call], float], calls: list[_Call]) -> Pair:
+    dense, compressed = (function(call) for call in calls)
+    return dense, compressed
+
+
+def _flops(call: _Call) -> float:
+    with FlopCounterMode(display=False) as counter, call.precision():
+        call.run()
+    return float(counter.get_total_flops())
+
+
+def _peak_memory(call: _Call) -> float:
+    """Bytes of the model and of what is alive at once besides it during a call."""
+    if call.device.type == "cuda":
+        torch.cuda.synchronize(call.device)
+        before = torch.cuda.memory_allocated(call.device)
+        torch.cuda.reset_peak_memory_stats(call.device)
+        call.seconds()
+        peak: int = torch.cuda.max_memory_allocated(call.device)
+        return float(_size(call.model) + peak - before)
+    with _LiveTensors() as live, call.precision():
+        call.run()
+    return float(_size(call.model) + live.peak)
+
+
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that operations make, as long as they live; :attr:`peak` is the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and note what it made."""
+        result = func(*args, **(kwargs or {}))
+        given = {id(value.untyped_storage()) for value in pytree.tree_leaves((args, kwargs)) if _has_storage(value)}
+        for value in pytree.tree_leaves(result):
+            if not _has_storage(value):
+                continue
+            storage = value.untyped_storage()
+            if id(storage) in given or id(storage) in self._seen:
+                continue  # a view, or changed in place
+            self._seen[id(storage)] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, id(storage))
+        return result
+
+    def _freed(self, storage: int) -> None:
+        self.now -= self._seen.pop(storage)
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _size(model: nn.Module) -> int:
+    """Bytes of the weights and buffers in a file; what several modules share counts once."""
+    tensors = {value.data_ptr() or id(value): value for value in model.state_dict().values()}
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _slower_layers(work: Workspace, timings: list[Timing], ranks: Mapping[str, int]) -> tuple[list[SlowerLayer], int]:
+    """Where the model is not faster: the factorized layers that are slower than the dense ones, largest loss first."""
+    if all(timing.is_faster for timing in timings) or work.processes.size > 1:
+        return [], 0
+    by_work = sorted(ranks, key=lambda name: -work.layers[name].flops(None))[:MOST_LAYERS]
+    ratios = {name: ratio_at(work.layers[name], ranks[name], work.device) for name in by_work}
+    slower = [
+        SlowerLayer(name, ranks[name], ratio) for name, ratio in ratios.items() if ratio is not None and ratio > 1
+    ]
+    return sorted(slower, key=lambda layer: -layer.ratio), len(by_work)
