@@ -33,7 +33,7 @@ from lrf_lightning.surgery import factorized, replace_module
 
 FOLDER = Path(__file__).parent
 CPU = torch.device("cpu")
-SHARES = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9)  # of a layer's break-even rank
+SHARES = (0.1, 0.25, 0.5, 0.8)  # of a layer's break-even rank
 FACTOR = 2.0
 
 

@@ -58,6 +58,12 @@ class Frontier:
         """Losses of a measured point on the selection split."""
         return self.measured[_key(point.ranks)].outcome
 
+    def note(self, point: FrontierPoint) -> str:
+        """A sentence, after a space, on what was done to a measured point besides the factorization; else empty."""
+        if _key(point.ranks) not in self._renormalized:
+            return ""
+        return " Its batch norms have new running statistics, which lower the loss on the selection split."
+
     @property
     def lowest(self) -> float:
         """The smallest share of the dense cost that any allocation keeps."""

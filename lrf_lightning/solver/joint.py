@@ -206,6 +206,7 @@ def _choose(work: Workspace, dense: Outcome) -> _Choice:
     if chosen is None:
         return _Choice(copy.deepcopy(work.model), dense, message, None, points)
     point = next(point for point in points if point.chosen)
+    message += frontier.note(chosen)
     return _Choice(frontier.build(chosen.ranks), frontier.outcome(chosen), message, point, points)
 
 
@@ -222,6 +223,7 @@ def _choose_budgets(frontier: Frontier) -> _Choice:
         message = f"No budget kept loss and score within the noise on the selection split.{note}"
         return _Choice(copy.deepcopy(work.model), frontier.dense, message, None, points, models)
     message = f"Smallest budget whose loss and score tie with the original's on the selection split.{note}"
+    message += frontier.note(chosen)
     return _Choice(models.build(chosen.ranks), frontier.outcome(chosen), message, chosen, points, models)
 
 

@@ -125,6 +125,7 @@ def test_the_selection_split_decides(helps):
     assert point.loss <= untouched.loss
     changed = not torch.equal(frontier.build(point.ranks)[1].running_mean, model[1].running_mean)
     assert changed == (point.loss < untouched.loss)
+    assert ("new running statistics" in frontier.note(point)) == changed
     if helps:
         assert changed
     frontier.at(0.9)
