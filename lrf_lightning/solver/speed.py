@@ -318,7 +318,8 @@ def _has_storage(value: Any) -> bool:
 
 def _size(model: nn.Module) -> int:
     """Bytes of the weights and buffers in a file; what several modules share counts once."""
-    tensors = {value.data_ptr() or id(value): value for value in model.state_dict().values()}
+    values = (value for value in model.state_dict().values() if isinstance(value, Tensor))
+    tensors = {value.data_ptr() or id(value): value for value in values}
     return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
