@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
 PAPER = {f"paper, {variant}": {"objective": "paper", "variant": variant} for variant in ("lossless", "compact")}
 # the overfitted network is also asked how far each of two methods gets with the verdict "not worse"
 OVERFITTED, COMPARED = "resnet-overfitted", ("activation-whitened SVD", "joint")
-FINE = tuple(round(0.9 - 0.05 * step, 2) for step in range(17))
+FINE = tuple(round(0.65 - 0.05 * step, 2) for step in range(10))
 COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73")
 FIELDS = [
     "net",
