@@ -227,7 +227,9 @@ def _compressed(seed: int, path: Path) -> Iterator[tuple[str, float, nn.Module, 
     dense = evaluate(model, loss, test, CPU)
     extra = batches(data["train"])[:12]
     for settings, group in itertools.groupby(missing, key=lambda item: item[0] if item[0] in SETTINGS else "as built"):
-        work, selection = calibrated(model, loss, parts, settings=Settings(objective="budget", **SETTINGS[settings]))
+        work, selection = calibrated(
+            model, loss, parts, settings=Settings(objective="budget", **({"batch_norm": True} | SETTINGS[settings]))
+        )
         # all moments stay, since the ideas build models of their own
         frontier = Frontier(work, selection)
         for name, keep in group:

@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain SVD": {"metric": "euclidean", **BASELINE},
     "activation-whitened SVD": {"metric": "activation", **BASELINE},
     "two-sided metric": {"metric": "fisher", **BASELINE},
-    "joint": {},
+    "joint": {"batch_norm": True},
 }
 PAPER = {f"paper, {variant}": {"objective": "paper", "variant": variant} for variant in ("lossless", "compact")}
 # the overfitted network is also asked how far each of two methods gets with the verdict "not worse"

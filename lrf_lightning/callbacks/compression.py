@@ -181,7 +181,7 @@ class LowRankCompression(Callback):
         prediction: Prediction = "loss",
         probes: bool = True,
         compensation: bool = True,
-        batch_norm: bool = True,
+        batch_norm: bool = False,
         damping: float = 1e-2,
         first_order_errors: float = 2.0,
         range_factor: float = 3.0,

@@ -117,7 +117,7 @@ def test_the_selection_split_decides(helps):
     if helps:
         with torch.no_grad():
             model[1].running_mean.add_(2.0)
-    work, dense = calibrated(model, loss, parts, settings=Settings(objective="budget", points=2))
+    work, dense = calibrated(model, loss, parts, settings=Settings(objective="budget", points=2, batch_norm=True))
     frontier = Frontier(work, dense)
     point = frontier.at(0.6)
     plain = Frontier(calibrated(model, loss, parts, settings=Settings(objective="budget", batch_norm=False))[0], dense)
