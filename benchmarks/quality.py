@@ -277,7 +277,8 @@ def _report(rows: list[dict[str, str]]) -> str:
     head = (
         f"`python -m benchmarks.quality`, {date.today()}, {platform.machine()}, torch {torch.__version__}. Measuring "
         f"took {minutes:.0f} minutes of one core, training not counted. No fine-tuning, 1,500 held-out calibration "
-        "images, 2,500 for selection, the whole test set; the joint solver runs with `batch_norm=true`.\n\n![quality](quality.png)\n\n"
+        "images, 2,500 for selection, the whole test set; the joint solver runs with "
+        "`batch_norm=true`.\n\n![quality](quality.png)\n\n"
     )
     return head + "\n".join(lines)
 
