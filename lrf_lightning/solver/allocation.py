@@ -14,7 +14,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Allocation", "Option", "allocate", "cheapest", "path"]
+__all__ = ["Allocation", "Option", "RanksKey", "allocate", "cheapest", "path", "ranks_key"]
+
+RanksKey = tuple[tuple[str, int], ...]
+
+
+def ranks_key(ranks: Mapping[str, int]) -> RanksKey:
+    """Ranks by name as a key of dictionaries, whatever their order."""
+    return tuple(sorted(ranks.items()))
 
 
 @dataclass(frozen=True)

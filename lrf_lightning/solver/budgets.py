@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from lrf_lightning.solver.allocation import RanksKey, ranks_key
 from lrf_lightning.solver.certificate import certify, temperatures
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.frontier import Frontier, choose_among
@@ -37,24 +38,26 @@ def measure_budgets(
     Raises:
         ValueError: if no budget can be reached.
     """
-    work, certificates = frontier.work, dict[tuple[tuple[str, int], ...], Certificate]()
+    work, certificates = frontier.work, dict[RanksKey, Certificate]()
     wanted = [share for share in work.settings.budgets if share >= frontier.lowest] or work.settings.budgets[:1]
     # of budgets that lead to the same ranks the smallest is named
-    budgets = {_key(frontier.allocation(share)): share for share in wanted}
+    budgets = {ranks_key(frontier.allocation(share)): share for share in wanted}
     with work.stage("verification", 0):
         before = work.evaluate(work.model, "verification", keep_logits=True)
 
     def then(point: FrontierPoint, model: nn.Module) -> None:
         if point.ranks:
             keep(point, model)
-            certificates[_key(point.ranks)] = _verdict(frontier, point, model, before)
+            certificates[ranks_key(point.ranks)] = _verdict(frontier, point, model, before)
 
     found = frontier.measure_shares(wanted, then)
-    points = [point for point in {_key(point.ranks): point for point in found}.values() if point.ranks]
+    points = [point for point in {ranks_key(point.ranks): point for point in found}.values() if point.ranks]
     dense_params = sum(parameter.numel() for parameter in work.model.parameters())
     chosen = choose_among(frontier, points, dense_params)
     points = [
-        dataclasses.replace(point, budget=budgets[_key(point.ranks)], certificate=certificates[_key(point.ranks)])
+        dataclasses.replace(
+            point, budget=budgets[ranks_key(point.ranks)], certificate=certificates[ranks_key(point.ranks)]
+        )
         for point in marked(points, frontier.dense.measurement(), dense_params, chosen)
     ]
     return sorted(points, key=lambda point: -point.keep), _note(frontier)
@@ -78,7 +81,3 @@ def _note(frontier: Frontier) -> str:
     )
     warnings.warn(note, stacklevel=2)
     return f" {note}"
-
-
-def _key(ranks: dict[str, int]) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(ranks.items()))

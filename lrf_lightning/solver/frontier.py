@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lrf_lightning.solver.allocation import Option, allocate, cheapest
+from lrf_lightning.solver.allocation import Option, RanksKey, allocate, cheapest, ranks_key
 from lrf_lightning.solver.batch_norm import renormalized
 from lrf_lightning.solver.certificate import default_loss_margin
 from lrf_lightning.solver.compensation import fit_layers
@@ -43,9 +43,9 @@ class Frontier:
 
     def __init__(self, work: Workspace, dense: Outcome) -> None:
         self.work, self.dense = work, dense
-        self.measured: dict[tuple[tuple[str, int], ...], _Measured] = {}
-        self._renormalized: set[tuple[tuple[str, int], ...]] = set()
-        self._latest: tuple[tuple[tuple[str, int], ...], nn.Module] | None = None
+        self.measured: dict[RanksKey, _Measured] = {}
+        self._renormalized: set[RanksKey] = set()
+        self._latest: tuple[RanksKey, nn.Module] | None = None
         self._allowed = _options(work, only_allowed=True)
         self._all = _options(work, only_allowed=False)
 
@@ -56,11 +56,11 @@ class Frontier:
 
     def outcome(self, point: FrontierPoint) -> Outcome:
         """Losses of a measured point on the selection split."""
-        return self.measured[_key(point.ranks)].outcome
+        return self.measured[ranks_key(point.ranks)].outcome
 
     def note(self, point: FrontierPoint) -> str:
         """A sentence, after a space, on what was done to a measured point besides the factorization; else empty."""
-        if _key(point.ranks) not in self._renormalized:
+        if ranks_key(point.ranks) not in self._renormalized:
             return ""
         return " Its batch norms have new running statistics, which lower the loss on the selection split."
 
@@ -104,23 +104,23 @@ class Frontier:
             allocations: ranks by name.
             then: called with every new point and its model, in the order of the allocations.
         """
-        new = {_key(ranks): ranks for ranks in allocations if _key(ranks) not in self.measured}
+        new = {ranks_key(ranks): ranks for ranks in allocations if ranks_key(ranks) not in self.measured}
         for (key, ranks), compressed in zip(new.items(), self._built(list(new.values())), strict=True):
             compressed, outcome = self._better_norms(key, compressed)
             self._latest = key, compressed
             self.measured[key] = _Measured(self._point(ranks, compressed, outcome), outcome)
             if then is not None:
                 then(self.measured[key].point, compressed)
-        return [self.measured[_key(ranks)].point for ranks in allocations]
+        return [self.measured[ranks_key(ranks)].point for ranks in allocations]
 
     def build(self, ranks: Mapping[str, int]) -> nn.Module:
         """A compensated copy of the dense model with the given ranks; the latest one is not made anew."""
-        if self._latest is not None and self._latest[0] == _key(ranks):
+        if self._latest is not None and self._latest[0] == ranks_key(ranks):
             return self._latest[1]
         compressed = next(self._built([ranks]))
-        return (self._with_norms(compressed) or compressed) if _key(ranks) in self._renormalized else compressed
+        return (self._with_norms(compressed) or compressed) if ranks_key(ranks) in self._renormalized else compressed
 
-    def _better_norms(self, key: tuple[tuple[str, int], ...], compressed: nn.Module) -> tuple[nn.Module, Outcome]:
+    def _better_norms(self, key: RanksKey, compressed: nn.Module) -> tuple[nn.Module, Outcome]:
         """The model with new statistics of its batch norms if its selection loss is lower so, and its losses there."""
         outcome = self.work.evaluate(compressed, "selection", keep_logits=True)
         changed = self._with_norms(compressed) if self.work.settings.batch_norm and key else None
@@ -189,7 +189,7 @@ class Frontier:
     ) -> list[FrontierPoint]:
         """The points of several shares of the cost, measured together, with the progress shown; see :meth:`measure`."""
         allocations = [self.allocation(share) for share in shares]
-        with self.work.stage("frontier", len({_key(ranks) for ranks in allocations})) as advance:
+        with self.work.stage("frontier", len({ranks_key(ranks) for ranks in allocations})) as advance:
 
             def report(point: FrontierPoint, compressed: nn.Module) -> None:
                 then(point, compressed)
@@ -326,7 +326,3 @@ def _options(work: Workspace, *, only_allowed: bool) -> dict[str, list[Option]]:
         ]
         options[name] = choices
     return options
-
-
-def _key(ranks: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(ranks.items()))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrf_lightning import random_state
 from lrf_lightning.modules import LowRankModule
+from lrf_lightning.solver.allocation import RanksKey, ranks_key
 from lrf_lightning.surgery import set_structure
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class PointModels:
 
     def __init__(self, dense: nn.Module) -> None:
         self.dense = dense
-        self._kept: dict[tuple[tuple[str, int], ...], _Kept] = {}
+        self._kept: dict[RanksKey, _Kept] = {}
 
     def keep(self, allocation: Mapping[str, int], model: nn.Module, layers: Sequence[LayerResult]) -> None:
         """Remember a model that was made from the original, and what became of its layers."""
@@ -49,7 +50,7 @@ class PointModels:
             for name, value in model.state_dict().items()
             if isinstance(value, Tensor) and not _same(value, original.get(name))
         }
-        self._kept[_key(allocation)] = _Kept(ranks, changed, list(layers))
+        self._kept[ranks_key(allocation)] = _Kept(ranks, changed, list(layers))
 
     def build(self, allocation: Mapping[str, int]) -> nn.Module:
         """A new model like the one that was kept, on the device of the original.
@@ -57,7 +58,7 @@ class PointModels:
         Raises:
             KeyError: if none was kept with these ranks.
         """
-        kept = self._kept[_key(allocation)]
+        kept = self._kept[ranks_key(allocation)]
         model = copy.deepcopy(self.dense)
         with random_state.preserved():  # new layers draw weights first
             set_structure(model, kept.ranks)
@@ -72,11 +73,7 @@ class PointModels:
         Raises:
             KeyError: if none was kept with these ranks.
         """
-        return list(self._kept[_key(allocation)].layers)
-
-
-def _key(allocation: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(allocation.items()))
+        return list(self._kept[ranks_key(allocation)].layers)
 
 
 def _same(value: Tensor, original: object) -> bool:

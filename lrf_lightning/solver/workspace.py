@@ -138,7 +138,12 @@ class Workspace:
         batches = max(self.batches, 1)
         passes = self.memory / max(self._pass_bytes * batches, 1.0) - 1
         widest = max(
-            (16.0 * layer.candidate.groups * layer.candidate.columns**2 for layer in layers.values()), default=0
+            (
+                16.0 * layer.candidate.groups * layer.candidate.columns**2
+                for layer in layers.values()
+                if not layer.inputs.diagonal
+            ),
+            default=0.0,
         )
         weights = float(sum(p.numel() * p.element_size() for p in self.model.parameters()))
         # the first process has the most batches
@@ -222,8 +227,18 @@ class Workspace:
 
     @property
     def dense_cost(self) -> float:
-        """Cost of all usable layers when they are dense."""
-        return sum(self.cost(layer, None) for layer in self.layers.values())
+        """Cost of all usable layers when they are dense.
+
+        Raises:
+            ValueError: if it is 0, since lookups in dense tables take no multiply-adds.
+        """
+        cost = sum(self.cost(layer, None) for layer in self.layers.values())
+        if cost == 0:
+            raise ValueError(
+                f"cost={self.settings.cost!r} is 0 for the factorizable layers {list(self.layers)}: lookups in a dense "
+                "embedding take no multiply-adds. Use cost='params'"
+            )
+        return cost
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:

@@ -252,6 +252,12 @@ def test_predictions_for_a_tied_table_count_lookups_and_products(head_first):
     assert layer.flops(2) == 2 * (30 + 16) * products + 2 * 16 * lookups
 
 
+def test_lookups_alone_have_no_multiply_adds_to_save():
+    make, inputs, _ = MODELS["transformer"]
+    with pytest.raises(ValueError, match=r"cost='flops' is 0 for .*embedding.*Use cost='params'"):
+        solved(make, inputs, objective="budget", cost="flops", include=["embedding"])
+
+
 def test_a_tied_table_stays_tied():
     _, result, _ = solved(*MODELS["tied_table"][:2], objective="budget", keep=0.6, include=["embedding", "head"])
     assert set(result.ranks) == {"embedding"}
