@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.fashion import batches, splits
 from benchmarks.quality import loss
-from benchmarks.results import write_section
+from benchmarks.results import append_row, read_rows, write_section
 from benchmarks.training import trained
 from lrf_lightning import Settings, restore_dense
 from lrf_lightning.modules import LowRankModule
@@ -209,13 +208,13 @@ def main() -> None:
             assert dense.scores is not None
             changes = float((after.losses - dense.losses).mean()), float((after.scores - dense.scores).mean())
             row = dict(zip(FIELDS, (name, seed, f"{keep:g}", *(f"{change:+.5f}" for change in changes)), strict=True))
-            _append(options.csv, row)
+            append_row(options.csv, FIELDS, row)
             print(row, flush=True)
-    write_section(FOLDER / "RESULTS.md", "Ideas", _report(_read(options.csv)))
+    write_section(FOLDER / "RESULTS.md", "Ideas", _report(read_rows(options.csv)))
 
 
 def _compressed(seed: int, path: Path) -> Iterator[tuple[str, float, nn.Module, Outcome, Batches]]:
-    done = {(row["idea"], row["seed"], row["keep"]) for row in _read(path)}
+    done = {(row["idea"], row["seed"], row["keep"]) for row in read_rows(path)}
     names = [*SETTINGS, *IDEAS]
     missing = [(name, keep) for name in names for keep in KEPT if (name, str(seed), f"{keep:g}") not in done]
     if not missing:
@@ -293,22 +292,6 @@ def _mean_output(model: nn.Module, name: str, data: Batches) -> Tensor:
 def _mean(model: nn.Module, data: Batches) -> float:
     with torch.no_grad():
         return float(torch.cat([divergence(model, batch) for batch in data]).mean())
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _report(rows: list[dict[str, str]]) -> str:

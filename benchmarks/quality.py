@@ -9,7 +9,6 @@ methods are measured side by side in single-threaded processes.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import multiprocessing
 import platform
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 
 from benchmarks.fashion import batches, splits
 from benchmarks.nets import NETS
-from benchmarks.results import write_section
+from benchmarks.results import append_row, read_rows, write_section
 from benchmarks.training import SCHEDULES, trained
 from lrf_lightning import Settings, StepOutput
 from lrf_lightning.solver.certificate import certify
@@ -87,15 +86,15 @@ def main() -> None:
     runs = [(net, seed) for seed in options.seeds for net in options.nets]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        tasks = [task for task in _missing(runs, _read(options.csv)) if task.method in options.methods]
+        tasks = [task for task in _missing(runs, read_rows(options.csv)) if task.method in options.methods]
         untrained = list(dict.fromkeys((task.net, task.seed) for task in tasks if not _weights(task).is_file()))
         for _ in as_completed([pool.submit(_train, *run) for run in untrained]):
             pass
         for done in as_completed([pool.submit(_measure, task) for task in tasks]):
             for row in done.result():
-                _append(options.csv, row)
+                append_row(options.csv, FIELDS, row)
                 print(" ".join(f"{name}={row[name]}" for name in FIELDS), flush=True)
-    rows = sorted(_read(options.csv), key=lambda row: (list(SCHEDULES).index(row["net"]), row["seed"]))
+    rows = sorted(read_rows(options.csv), key=lambda row: (list(SCHEDULES).index(row["net"]), row["seed"]))
     _draw(rows, FOLDER / "quality.png")
     write_section(FOLDER / "RESULTS.md", "Quality", _report(rows))
 
@@ -172,22 +171,6 @@ def _changes(dense: Outcome, compressed: Outcome) -> dict[str, str]:
         found[f"{name}_error"] = f"{float(change.std()) / math.sqrt(len(change)):.5f}"
     found["verdict"] = certify(dense, compressed, Settings()).verdict
     return found
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 Key = tuple[str, str, str]

@@ -1,11 +1,32 @@
-"""The sections of ``RESULTS.md``, each of which one benchmark writes anew."""
+"""What benchmarks leave behind: sections of ``RESULTS.md``, and tables that an interrupted run goes on with."""
 
 from __future__ import annotations
 
+import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["write_section"]
+__all__ = ["append_row", "read_rows", "write_section"]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, none if there is no file yet."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(path: Path, fields: Sequence[str], row: dict[str, Any]) -> None:
+    """Add a row to a CSV file, which gets a header when it is new."""
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def write_section(path: Path, title: str, text: str) -> None:
