@@ -1,0 +1,307 @@
+"""Tables and picture of :mod:`benchmarks.recipes`: its sections of ``RESULTS.md`` and ``recipes.png``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.results import read_rows, write_section
+from lrf_lightning.plot_style import BLUE, GREEN, GREY, ORANGE, symmetric_log, to_png
+from lrf_lightning.report_cells import scaled
+
+__all__ = ["write_report"]
+
+Rows = Sequence[dict[str, str]]
+CURVES = {"plain SVD": (GREY, "s"), "activation-whitened SVD": (ORANGE, "^"), "frontier": (BLUE, "o")}
+NAMES = {"frontier": "this package"}
+GOOD = ("better", "not worse")
+COLUMNS = 4  # recipes beside each other
+
+
+def write_report(recipe: str, folder: Path) -> None:
+    """Write the section of one recipe, and the overview and the picture of all that have rows.
+
+    Args:
+        recipe: the recipe that was measured.
+        folder: holds ``recipe_rows/`` and ``RESULTS.md``.
+    """
+    every = {path.stem: read_rows(path) for path in sorted((folder / "recipe_rows").glob("*.csv"))}
+    every = {name: rows for name, rows in every.items() if rows}
+    if recipe not in every:
+        return
+    results = folder / "RESULTS.md"
+    (folder / "recipes.png").write_bytes(to_png(_picture(every)))
+    write_section(results, "Recipes", _overview(every))
+    write_section(results, f"Recipe {recipe}", _section(recipe, every[recipe]))
+
+
+def _overview(every: dict[str, Rows]) -> str:
+    lines = [
+        "`python -m benchmarks.recipes NAME` makes the rows of one recipe; each has a section below. Parameters "
+        "removed from the whole model (in brackets: from the factorizable layers), and the verdict on data that took "
+        "no part; one entry per seed.",
+        "",
+        "| recipe | parameters | lossless | compact | smallest of the frontier that is not worse |",
+        "|---|---|---|---|---|",
+    ]
+    for name, rows in every.items():
+        cells = [_entries(_of(rows, method)) for method in ("lossless", "compact")]
+        smallest = [row for seed in _seeds(rows) for row in _smallest_good(_of(rows, "frontier", seed))]
+        before = rows[0]["params_model_before"]
+        lines.append(f"| {name} | {int(before):,} | {cells[0]} | {cells[1]} | {_entries(smallest)} |")
+    return "\n".join([*lines, "", "![recipes](recipes.png)"])
+
+
+def _entries(rows: Rows) -> str:
+    return "; ".join(f"{_removed(row)} {row['verdict']}" for row in rows) or "-"
+
+
+def _removed(row: dict[str, str]) -> str:
+    return f"{100 - _percent_kept(row):.1f} % ({100 - _percent_kept(row, 'layers'):.1f} %)"
+
+
+def _percent_kept(row: dict[str, str], what: str = "model") -> float:
+    return 100 * float(row[f"params_{what}_after"]) / float(row[f"params_{what}_before"])
+
+
+def _smallest_good(rows: Rows) -> list[dict[str, str]]:
+    good = [row for row in rows if row["verdict"] in GOOD]
+    return [min(good, key=_percent_kept)] if good else []
+
+
+def _seeds(rows: Rows) -> list[str]:
+    return sorted({row["seed"] for row in rows}, key=int)
+
+
+def _of(rows: Rows, method: str, seed: str | None = None) -> list[dict[str, str]]:
+    found = [row for row in rows if row["method"] == method and seed in (None, row["seed"])]
+    return sorted(found, key=lambda row: (int(row["seed"]), -float(row["keep"] or 0)))
+
+
+def _section(recipe: str, rows: Rows) -> str:
+    first = rows[0]
+    days = sorted({row["date"] for row in rows})
+    samples = ", ".join(f"{int(first[f'samples_{split}']):,} {split}" for split in ("calibration", "selection"))
+    lines = [
+        f"`python -m benchmarks.recipes {recipe} --seeds {' '.join(_seeds(rows))}`, {' to '.join(days[:: len(days)])}, "
+        f"{'; '.join(sorted({row['machine'] for row in rows}))}. {samples} and "
+        f"{int(first['samples_verification']):,} verification samples. {_load(rows)}",
+        "",
+        *_dense_table(rows),
+        *_objective_table(rows),
+        *_speed_table(rows),
+        *_size_table(rows),
+    ]
+    return "\n".join(lines)
+
+
+def _load(rows: Rows) -> str:
+    loads = [float(row["load"]) for row in rows if row["load"]]
+    return f"On average {sum(loads) / len(loads):.1f} processes wanted the machine meanwhile." if loads else ""
+
+
+def _dense_table(rows: Rows) -> list[str]:
+    """The original of every seed, on the verification and the test split."""
+    name = _score_name(rows)
+    lines = [
+        f"| original, seed | parameters | factorizable | loss | at its best temperature | {name} | test loss "
+        f"| test {name} | training, s | of a processor, s |",
+        "|---" * 10 + "|",
+    ]
+    for seed in _seeds(rows):
+        row = next(row for row in rows if row["seed"] == seed)
+        cells = [seed, f"{int(row['params_model_before']):,}", f"{int(row['params_layers_before']):,}"]
+        cells += [_number(row[key]) for key in ("loss_dense", "loss_dense_scaled", "score_dense")]
+        cells += [_number(row[key]) for key in ("test_loss_dense", "test_score_dense")]
+        cells += [_number(row[key], 0) for key in ("training_seconds", "training_processor_seconds")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _score_name(rows: Rows) -> str:
+    return next((row["score_name"] for row in rows if row["score_name"]), "score")
+
+
+def _objective_table(rows: Rows) -> list[str]:
+    """Lossless and compact of every seed, and both baselines at the size of ours."""
+    name = _score_name(rows) + (", points" if _in_points(rows) else "")
+    lines = [
+        "Change on the verification split, with the one-sided 95 % bound that matters; baselines at the same share of "
+        "the factorizable layers.",
+        "",
+        f"| seed | method | removed, model (layers) | loss | bound | at best temperature | {name} | bound | verdict "
+        "| test loss | test score | FLOPs of the layers | solve, s |",
+        "|---" * 13 + "|",
+    ]
+    for seed in _seeds(rows):
+        for objective in ("lossless", "compact"):
+            for row in _of(rows, objective, seed):
+                lines.append(_objective_line(row, objective))
+                equal = [_equal(_of(rows, method, seed), row) for method in CURVES if method != "frontier"]
+                lines += [_objective_line(other, f"- {other['method']}") for other in equal if other]
+    return [*lines, ""]
+
+
+def _equal(rows: Rows, ours: dict[str, str]) -> dict[str, str] | None:
+    """The row of a baseline that was asked for the size of ours."""
+    if ours["verdict"] == "unchanged":
+        return None
+    return next((row for row in rows if math.isclose(float(row["keep"]), float(ours["keep"]), rel_tol=1e-4)), None)
+
+
+def _objective_line(row: dict[str, str], method: str) -> str:
+    scaled_change = _difference(row, "loss_compressed_scaled", "loss_dense_scaled")
+    factor = _factor([row])
+    cells = [
+        row["seed"],
+        method,
+        _removed(row),
+        _signed(row["loss_change"]),
+        _signed(row["loss_change_upper"]),
+        scaled_change,
+        _signed(row["score_change"], factor),
+        _signed(row["score_change_lower"], factor),
+        row["verdict"],
+        _difference(row, "test_loss", "test_loss_dense"),
+        _difference(row, "test_score", "test_score_dense", factor),
+        _ratio(row, "flops_layers"),
+        _number(row["solve_seconds"], 0),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _speed_table(rows: Rows) -> list[str]:
+    """Latency of the original and of what the objectives chose."""
+    timed = [row for row in rows if row["latency_dense/eager_batch_1"] and row["method"] in ("lossless", "compact")]
+    if not timed:
+        return []
+    lines = [
+        "Latency in eager PyTorch, both models in turn; above 1 is faster, with the 95 % interval of the median.",
+        "",
+        "| seed | method | FLOPs of the model | batch 1, dense | compressed | ratio | large batch, dense | compressed "
+        "| ratio |",
+        "|---" * 9 + "|",
+    ]
+    for row in sorted(timed, key=lambda row: int(row["seed"])):
+        cells = [row["seed"], row["method"], _ratio(row, "flops_model")]
+        for size in ("1", "large"):
+            call = f"eager_batch_{size}"
+            if not row[f"speedup/{call}"]:
+                cells += ["", "", ""]
+                continue
+            cells += [scaled(float(row[f"latency_{which}/{call}"]), "s") for which in ("dense", "compressed")]
+            ends = [f"{float(row[f'speedup/{call}_{end}']):.2f}" for end in ("lower", "upper")]
+            cells.append(f"{float(row[f'speedup/{call}']):.2f} ({' to '.join(ends)})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _size_table(rows: Rows) -> list[str]:
+    """All methods at the budgets of the frontier, means over the seeds."""
+    budgets = sorted({row["keep"] for row in rows if row["method"] == "frontier"}, key=float, reverse=True)
+    unit = "points" if _in_points(rows) else "units"
+    lines = [
+        f"At equal size: change of the loss / of the {_score_name(rows)} in {unit} on the verification split, means "
+        "over the seeds, and how many of them are `better` or `not worse`.",
+        "",
+        f"| kept of the layers | parameters of the model | {' | '.join(NAMES.get(name, name) for name in CURVES)} |",
+        "|---" * (len(CURVES) + 2) + "|",
+    ]
+    for budget in budgets:
+        cells = [[row for row in rows if row["method"] == method and row["keep"] == budget] for method in CURVES]
+        ours = cells[list(CURVES).index("frontier")]
+        params = _mean([float(row["params_model_after"]) for row in ours])
+        lines.append(f"| {budget} | {params:,.0f} | {' | '.join(map(_mean_cell, cells))} |")
+    return [*lines, ""]
+
+
+def _mean_cell(rows: Rows) -> str:
+    if not rows:
+        return "-"
+    text = f"{_mean([float(row['loss_change']) for row in rows]):+.4f}"
+    if rows[0]["score_change"]:
+        text += f" / {_factor(rows) * _mean([float(row['score_change']) for row in rows]):+.2f}"
+    good = sum(row["verdict"] in GOOD for row in rows)
+    return f"{text} ({good} of {len(rows)})"
+
+
+def _in_points(rows: Rows) -> bool:
+    return _score_name(rows) in ("accuracy", "acc")
+
+
+def _factor(rows: Rows) -> float:
+    return 100.0 if _in_points(rows) else 1.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _number(text: str, places: int = 4) -> str:
+    return f"{float(text):.{places}f}" if text else "-"
+
+
+def _signed(text: str, factor: float = 1.0) -> str:
+    return f"{factor * float(text):+.{4 if factor == 1 else 2}f}" if text else "-"
+
+
+def _difference(row: dict[str, str], after: str, before: str, factor: float = 1.0) -> str:
+    return _signed(str(float(row[after]) - float(row[before])), factor) if row[after] and row[before] else "-"
+
+
+def _ratio(row: dict[str, str], name: str) -> str:
+    before, after = row[f"{name}_before"], row[f"{name}_after"]
+    return f"{100 * float(after) / float(before):.0f} %" if before and after else "-"
+
+
+def _picture(every: dict[str, Rows]) -> Figure:
+    """Change of loss and score over the share of the whole model's parameters, a column per recipe."""
+    across = min(len(every), COLUMNS)
+    bands = math.ceil(len(every) / across)
+    figure = Figure(figsize=(max(3.1 * across, 5), 0.4 + 4.6 * bands), layout="constrained")
+    axes = figure.subplots(2 * bands, across, squeeze=False)
+    for place, (name, rows) in enumerate(every.items()):
+        band, column = divmod(place, across)
+        loss, score = axes[2 * band][column], axes[2 * band + 1][column]
+        factor = _factor(rows)
+        margin = max(float(row["loss_margin"]) for row in rows)
+        _panel(loss, rows, lambda row: float(row["loss_change"]), margin)
+        scored = [row for row in rows if row["score_change"]]
+        if scored:
+            fall = -factor * float(scored[0]["score_margin"])
+            _panel(score, scored, lambda row, factor=factor: factor * float(row["score_change"]), fall)
+        loss.set_title(name)
+        score.set_xlabel("parameters of the whole model kept, %")
+        if column == 0:
+            loss.set_ylabel("change of the loss")
+        score.set_ylabel(f"{_score_name(rows)}, points" if factor > 1 else _score_name(rows))
+    for empty in range(len(every), across * bands):
+        for row in range(2):
+            axes[2 * (empty // across) + row][empty % across].set_visible(False)
+    marks = axes[0][0].get_legend_handles_labels()
+    figure.legend(*marks, loc="outside upper center", ncols=3 if across > 1 else 2, frameon=False)
+    return figure
+
+
+def _panel(ax: Axes, rows: Rows, value: Callable[[dict[str, str]], float], margin: float) -> None:
+    ax.axhline(0, color=GREY, linewidth=1)
+    ax.axhline(margin, color=GREEN, linestyle="--", linewidth=1, label="margin of the verdict")
+    ours = [value(row) for row in _of(rows, "frontier")]
+    for method, (colour, marker) in CURVES.items():
+        for index, seed in enumerate(_seeds(rows)):
+            found = _of(rows, method, seed)
+            label = NAMES.get(method, method) if index == 0 else None
+            x, y = [_percent_kept(row) for row in found], [value(row) for row in found]
+            ax.plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1, alpha=0.8, label=label)
+    chosen = [row for row in _of(rows, "compact") if row["verdict"] != "unchanged"]
+    if chosen:
+        ax.plot(
+            [_percent_kept(row) for row in chosen],
+            [value(row) for row in chosen],
+            linestyle="none", marker="*", markersize=9, color=GREEN, label="compact",
+        )  # fmt: skip
+    symmetric_log(ax.yaxis, [*ours, *(value(row) for row in rows)], abs(margin))

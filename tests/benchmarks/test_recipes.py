@@ -1,0 +1,77 @@
+import sys
+
+import pytest
+
+from benchmarks.recipe_report import write_report
+from benchmarks.recipes import FIELDS, Run, main
+from benchmarks.results import append_row, read_rows
+
+TINY = [
+    "trainer.max_epochs=1",
+    "model.net.width=32",
+    "model.net.blocks=1",
+    "callbacks.compress.points=2",
+    "callbacks.compress.refinements=0",
+]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows of a tiny network, by method; trained once."""
+    cache = tmp_path_factory.mktemp("cache")
+    found = {}
+    for method in ("lossless", "frontier", "plain SVD"):
+        training = [item for item in TINY if "compress" not in item]
+        run = Run("digits", 3, training, (0.6, 0.3), cache)
+        found[method] = run.rows(method, [{name: str(value) for name, value in row.items()} for row in done(found)])
+    assert len(list(cache.glob("digits-3-*.ckpt"))) == 1
+    return found
+
+
+def done(found):
+    return [row for rows in found.values() for row in rows]
+
+
+def test_rows_of_ours(rows):
+    (lossless,) = rows["lossless"]
+    assert lossless["params_model_after"] < lossless["params_model_before"] or lossless["verdict"] == "unchanged"
+    assert lossless["samples_verification"] == 700
+    assert lossless["training_processor_seconds"] > 0
+    assert set(lossless) <= set(FIELDS)
+    assert [row["keep"] for row in rows["frontier"]] == ["0.6", "0.3"]
+
+
+def test_a_baseline_is_measured_at_the_sizes_of_ours(rows):
+    keeps = {float(row["keep"]) for row in rows["plain SVD"]}
+    (lossless,) = rows["lossless"]
+    assert {0.6, 0.3} <= keeps
+    if lossless["verdict"] != "unchanged":
+        assert float(lossless["keep"]) in keeps
+    ours = {row["keep"]: row for row in rows["frontier"]}
+    for row in rows["plain SVD"]:
+        assert row["loss_dense"] == rows["lossless"][0]["loss_dense"], "the same trained network"
+        if row["keep"] in ours:
+            assert row["params_layers_after"] == pytest.approx(ours[row["keep"]]["params_layers_after"], rel=0.05)
+
+
+def test_report(rows, tmp_path):
+    (tmp_path / "recipe_rows").mkdir()
+    path = tmp_path / "recipe_rows" / "digits.csv"
+    for row in done(rows):
+        append_row(path, FIELDS, {name: row.get(name, "") for name in FIELDS})
+    write_report("digits", tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## Recipes" in text
+    assert "## Recipe digits" in text
+    row = next(row for row in read_rows(path) if row["method"] == "frontier")
+    assert f"| 0.6 | {int(row['params_model_after']):,} |" in text
+    assert (tmp_path / "recipes.png").stat().st_size > 10_000
+
+
+def test_unknown_recipe(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recipes", "digit"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr().err
+    assert "invalid choice: 'digit'" in printed
+    assert "digits_small" in printed
