@@ -133,7 +133,9 @@ class Run:
             for point in result.frontier:
                 model = result if point.chosen else result.at(point.keep)
                 row = shared | _figures(model) | {"keep": f"{point.budget:.6g}"}
-                rows.append(row | self._point_tested(cfg, metrics, objects, model))
+                # the test split takes long, and the sizes of lossless and compact are those that matter
+                tested = cfg.test and point.budget not in self.budgets
+                rows.append(row | (self._point_tested(metrics, objects, model) if tested else {}))
             return rows
 
     def _asked(self, method: str, done: Sequence[dict[str, str]]) -> list[str]:
@@ -143,11 +145,13 @@ class Run:
         else:
             sizes = {_kept(row) for row in done if row["method"] in ("lossless", "compact")}
             budgets, settings = tuple(sorted({*self.budgets, *sizes} - {1.0}, reverse=True)), METHODS[method]
-        asked = {"save": False, "objective": "frontier" if method in BASELINES else method, **settings}
+        asked = {"save": False, "objective": method if method in OURS else "frontier", **settings}
         asked |= {"budgets": f"[{','.join(f'{budget:.6g}' for budget in budgets)}]"} if budgets else {}
         asked |= {"speed": "none"} if method in BASELINES else {}
-        group = "+compress=frontier" if method in BASELINES else f"+compress={method}"
-        return [group, *(f"callbacks.compress.{name}={value}" for name, value in asked.items())]
+        return [
+            f"+compress={asked['objective']}",
+            *(f"callbacks.compress.{name}={value}" for name, value in asked.items()),
+        ]
 
     def _trained(self) -> tuple[list[str], Row]:
         """Overrides that load what was trained, and the seconds that it took; a recipe without training has none."""
@@ -172,9 +176,7 @@ class Run:
         return ["train=false", f"ckpt_path='{path}'"], json.loads(seconds.read_text()) if seconds.is_file() else {}
 
     @staticmethod
-    def _point_tested(cfg: DictConfig, metrics: Row, objects: Row, result: CompressionResult) -> Row:
-        if not cfg.test:
-            return {}
+    def _point_tested(metrics: Row, objects: Row, result: CompressionResult) -> Row:
         found = objects["trainer"].test(result.model, datamodule=objects["datamodule"], verbose=False)[0]
         return _tested(metrics | {f"{PREFIX}{name}": value for name, value in found.items()})
 

@@ -11,7 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from lrf_lightning import LowRankCompression, RankMonitor
 
-RECIPES = ["digits", "digits_small"]
+RECIPES = {
+    "digits": "digits.Digits",
+    "digits_small": "digits.Digits",
+    "fashion_resnext": "fashion.FashionMNIST",
+    "fashion_resnext50": "fashion.FashionMNIST",
+    "fashion_vit": "fashion.FashionMNIST",
+}
 SWEEPS = ["budgets", "grid", "optuna", "parallel", "cluster"]
 OPTIONS = ["lossless", "compact", "budget", "frontier", "paper"]
 
@@ -51,7 +57,7 @@ def test_every_recipe_with_every_option(composed, recipe, option):
     assert ("compress" in cfg["callbacks"]) == (option is not None)
     assert "compress" not in cfg
     found = targets(cfg)
-    assert {"lightning.Trainer", f"recipes.{recipe.removesuffix('_small')}.Digits"} <= set(found)
+    assert {"lightning.Trainer", f"recipes.{RECIPES[recipe]}"} <= set(found)
     for target in found:
         assert callable(get_object(target))
 
