@@ -265,9 +265,20 @@ def _pair(function: Callable[[_Call], float], calls: list[_Call]) -> Pair:
 
 
 def _flops(call: _Call) -> float:
-    with FlopCounterMode(display=False) as counter, call.precision():
+    with _unfused_attention(), FlopCounterMode(display=False) as counter, call.precision():
         call.run()
     return float(counter.get_total_flops())
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Keep dense encoder layers off their fused path, a single operation that counts as none."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _peak_memory(call: _Call) -> float:

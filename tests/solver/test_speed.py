@@ -77,6 +77,27 @@ def test_sizes_operations_and_memory():
     assert found.peak_memory[1] < found.peak_memory[0]
 
 
+class Encoder(nn.Module):
+    """torch's encoder layer, whose fused path of evaluation hides its operations."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(12, 2, 48, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.head(self.encoder(x[:, None])[:, 0])
+
+
+def test_operations_of_a_dense_encoder_are_counted():
+    found = squeezed(Encoder()).speed
+    multiply_adds = 4 * 12 * 12 + 2 * 12 * 48 + 12 * 4  # and two products of attention over a single token
+    assert 2 * multiply_adds <= found.flops[0] <= 2 * (multiply_adds + 2 * 12)
+    assert found.flops[1] < found.flops[0]
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_shared_weights_count_once():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight = model[0].weight
