@@ -8,8 +8,11 @@ A Lightning step returns one number for a batch. While it runs, :class:`LossCall
     (batch, d1, ...)    mean over a sample's rows
     (batch * t,)        flattened tokens, mean over a sample's t rows
 
+Where some targets are ignored (padding, the last token of a text), the batch's mean is taken over the others, so a
+sample counts by its number of them: its loss is the sum over its rows, divided by the mean number per sample.
+
 Whether these are the step's loss is not decided here: :func:`agrees` compares their mean with what the step returned,
-which fails, as it should, for class weights, ignored targets and losses of several terms.
+which fails, as it should, for class weights and losses of several terms.
 """
 
 from __future__ import annotations
@@ -56,23 +59,25 @@ class LossCall:
         """Loss of every sample, shape (size,), differentiable, in float32 or wider; None if rows fit no sample."""
         options = {name: _widened(value) for name, value in self.options.items()}
         rows = self.function(_widened(self.input), _widened(self.target), **options, reduction="none")
-        return _mean_over_rows(rows, size)
+        return self._by_sample(rows, size)
 
     def correct(self, size: int) -> Tensor | None:
         """Share of rows whose largest logit is the target's.
 
         Returns:
-            Shape (size,) per sample; () over all rows if some targets are ignored or rows fit no sample; None if the
-            loss is no classification with class indices.
+            Shape (size,) per sample, of which the mean is the share in the batch; () over all rows if they fit no
+            sample; None if the loss is no classification with class indices, or all targets are ignored.
         """
         if not self._has_classes:
             return None
         hits = (self.input.detach().argmax(1) == self.target).to(torch.float32)
-        valid = self.target != self.options.get("ignore_index", -100)
-        if not bool(valid.all()):
-            return hits[valid].mean() if bool(valid.any()) else None
-        per_sample = _mean_over_rows(hits, size)
-        return hits.mean() if per_sample is None else per_sample
+        valid = self._valid
+        if valid is not None and not bool(valid.any()):
+            return None
+        per_sample = self._by_sample(hits if valid is None else hits * valid, size)
+        if per_sample is not None:
+            return per_sample
+        return hits.mean() if valid is None else hits[valid].mean()
 
     def logits(self, size: int) -> Tensor | None:
         """Logits of shape (size, classes) if the loss is a plain cross-entropy with one row per sample, else None.
@@ -82,11 +87,24 @@ class LossCall:
         plain = self.options.get("weight") is None and not self.options.get("label_smoothing")
         if not (self._has_classes and plain and self.input.dim() == 2 and self.target.shape == (size,)):
             return None
-        return self.input.detach()
+        return self.input.detach() if self._valid is None else None
 
     @property
     def _has_classes(self) -> bool:
         return self.function in CLASSIFIERS and not self.target.is_floating_point() and self.input.dim() >= 2
+
+    @property
+    def _valid(self) -> Tensor | None:
+        """Which targets are not ignored, None if none is."""
+        if not self._has_classes:
+            return None
+        valid = self.target != self.options.get("ignore_index", -100)
+        return None if bool(valid.all()) else valid
+
+    def _by_sample(self, rows: Tensor, size: int) -> Tensor | None:
+        """Values of rows, zero at ignored ones, as values of shape (size,) whose mean is that over the valid rows."""
+        valid, means = self._valid, _mean_over_rows(rows, size)
+        return means if valid is None or means is None else means * (valid.numel() / valid.sum())
 
 
 class LossCalls(TorchFunctionMode):

@@ -3,12 +3,14 @@ import json
 import pytest
 import torch
 from compressed_models import compressed, net_solution, solution
+from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
 from small_modules import QUICK
 from torch import nn
 
 from lrf_lightning import CheckpointError, StepOutput, compress, restore_dense
 from lrf_lightning.huggingface import from_pretrained, save_pretrained
+from lrf_lightning.step_loss import StepLoss
 
 transformers = pytest.importorskip("transformers")
 
@@ -87,3 +89,29 @@ def test_other_models_are_refused(tmp_path):
         save_pretrained(net_solution(), tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         from_pretrained(transformers.BertModel, tmp_path)
+
+
+class Finetuned(LightningModule):
+    """What users write: the model's own loss of a batch with padding, whose labels are -100."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def validation_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+
+def test_losses_of_the_library_are_known_for_every_text():
+    ids, mask = torch.randint(40, (5, 8)), torch.ones(5, 8, dtype=torch.long)
+    mask[1, 3:] = mask[4, 6:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    module = Finetuned(gpt()).eval()
+    output = StepLoss()(module, batch)
+    torch.testing.assert_close(output.loss.mean(), module.validation_step(batch, 0))
+    tokens = (mask.sum(1) - 1).tolist()  # the first token of a text is not predicted
+    for place in range(5):
+        alone = {name: value[place : place + 1] for name, value in batch.items()}
+        expected = module.validation_step(alone, 0) * tokens[place] / (sum(tokens) / 5)
+        torch.testing.assert_close(output.loss[place], expected, rtol=1e-4, atol=1e-5)
+    assert output.score.shape == (5,)

@@ -65,6 +65,25 @@ class TestRows:
         assert call.logits(2) is None, "logits of tokens are not kept"
         assert call.per_sample(4) is None, "6 rows fit no 4 samples"
 
+    @pytest.mark.parametrize("ignore_index", [-100, 2])
+    def test_ignored_tokens_leave_the_mean_over_the_others(self, ignore_index):
+        logits, target = torch.randn(3, 5, 4), torch.tensor([[0, 1, 3, 1, 0], [1, 3, 0, 0, 3], [3, 0, 0, 1, 1]])
+        target[0, 3:] = target[1, 1:] = ignore_index
+        result, call = single(
+            lambda: functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=ignore_index)
+        )
+        sums = [functional.cross_entropy(x[y != ignore_index], y[y != ignore_index], reduction="sum")
+                for x, y in zip(logits, target, strict=True)]  # fmt: skip
+        tokens = 3 + 1 + 5
+        torch.testing.assert_close(call.per_sample(3), torch.stack(sums) / (tokens / 3))
+        assert agrees(call.per_sample(3), result)
+        hits = (logits.argmax(2) == target) & (target != ignore_index)
+        torch.testing.assert_close(call.correct(3), hits.sum(1) / (tokens / 3))
+
+    def test_a_batch_of_ignored_tokens_only_agrees_with_nothing(self):
+        result, call = single(lambda: functional.cross_entropy(LOGITS, torch.full((6,), -100)))
+        assert not agrees(call.per_sample(6), result)
+
     def test_gradients_flow(self):
         logits = LOGITS.clone().requires_grad_()
         _, call = single(lambda: functional.cross_entropy(logits, TARGET))
@@ -81,11 +100,8 @@ class TestRows:
 class TestAgreement:
     def test_other_reductions_do_not_agree(self):
         weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
-        ignored = TARGET.clone()
-        ignored[0] = -100
         for loss in (
             lambda: functional.cross_entropy(LOGITS, TARGET, weight=weight),
-            lambda: functional.cross_entropy(LOGITS, ignored),
             lambda: functional.cross_entropy(LOGITS, TARGET, reduction="sum"),
         ):
             result, call = single(loss)
@@ -113,7 +129,9 @@ class TestScores:
         target = TARGET.clone()
         target[:4] = -100
         _, call = single(lambda: functional.cross_entropy(LOGITS, target))
-        torch.testing.assert_close(call.correct(6), (LOGITS[4:].argmax(1) == TARGET[4:]).float().mean())
+        torch.testing.assert_close(call.correct(6).mean(), (LOGITS[4:].argmax(1) == TARGET[4:]).float().mean())
+        torch.testing.assert_close(call.correct(4), call.correct(6).mean(), msg="6 rows fit no 4 samples")
+        assert call.logits(6) is None
         _, call = single(lambda: functional.cross_entropy(LOGITS, torch.full((6,), 3), ignore_index=3))
         assert call.correct(6) is None
 
