@@ -92,7 +92,7 @@ def _train(
         compression.cache_dir = cache
     if not cfg.train:
         # loads the checkpoint and tells the trainer its data
-        trainer.validate(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path, verbose=False)
+        trainer.validate(model, datamodule=datamodule, ckpt_path=_to_load(cfg), verbose=False)
         return False
     if cache is None:
         trainer.fit(model, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
@@ -145,6 +145,11 @@ def _targets(node: Any) -> list[str]:
     return own + [name for value in values for name in _targets(value)]
 
 
+def _to_load(cfg: DictConfig) -> str | None:
+    """The checkpoint that is loaded into the model, None if a recipe has done that."""
+    return None if cfg.pretrained else cfg.ckpt_path
+
+
 def _check(cfg: DictConfig) -> None:
     """Find what would only be noticed after the training."""
     if isinstance(cfg.get("compress"), str):
@@ -153,7 +158,10 @@ def _check(cfg: DictConfig) -> None:
             "the model would not be compressed. Install the package into this environment (pip install -e .), and look "
             "for the provider lrf_lightning in the output of: python train.py --info searchpath"
         )
-    if not cfg.train and cfg.ckpt_path is None:
+    missing = " ".join(f"{name}=VALUE" for name in sorted(cfg) if OmegaConf.is_missing(cfg, name))
+    if missing:
+        raise ValueError(f"{missing} is missing; what it means is said in conf/recipe/{cfg.task_name}.yaml")
+    if not cfg.train and not cfg.pretrained and cfg.ckpt_path is None:
         raise ValueError("train=false needs a trained model; add ckpt_path=PATH of a checkpoint")
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 torch.set_num_threads(1)
 
@@ -53,3 +56,18 @@ def _isolated(tmp_path, monkeypatch):
 def project() -> Path:
     """The root of the repository."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def composed(project, tmp_path):
+    """Compose conf/train.yaml as Hydra does for a job that runs in an empty folder."""
+
+    def build(*overrides: str):
+        output = f"hydra.runtime.output_dir={tmp_path}/outputs"
+        with initialize_config_dir(version_base="1.3", config_dir=str(project / "conf")):
+            cfg = compose("train.yaml", [output, *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+    yield build
+    HydraConfig.instance().cfg = None

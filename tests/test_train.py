@@ -4,8 +4,6 @@ import sys
 import pytest
 import torch
 import wandb
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 
@@ -32,21 +30,6 @@ TINY = [
     "data.calibration=100",
     "logger=csv",
 ]
-
-
-@pytest.fixture
-def composed(project, tmp_path):
-    """Compose conf/train.yaml as Hydra does for a job that runs in an empty folder."""
-
-    def build(*overrides: str):
-        output = f"hydra.runtime.output_dir={tmp_path}/outputs"
-        with initialize_config_dir(version_base="1.3", config_dir=str(project / "conf")):
-            cfg = compose("train.yaml", [output, *overrides], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-
-    yield build
-    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture
