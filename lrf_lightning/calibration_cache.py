@@ -158,6 +158,7 @@ def _packed(work: Workspace) -> bytes:
         {
             "layers": [(name, _dump(layer)) for name, layer in work.layers.items()],
             "skipped": [dataclasses.asdict(skipped) for skipped in work.skipped],
+            "pointwise_first": [name for name, layer in work.layers.items() if layer.candidate.pointwise_first],
             "curves": {name: _dump(curve) for name, curve in work.curves.items()},
             "sampler": [sampler.rows_per_feature, sampler.samples, sampler.seed],
             "batches": work.batches,
@@ -175,6 +176,7 @@ def _unpack(work: Workspace, candidates: list[Candidate], content: Mapping[str, 
     layers = {}
     for name, stored in content["layers"]:
         layers[name] = empty_statistics(work.model, by_name[name])
+        layers[name].set_order(pointwise_first=name in content["pointwise_first"])
         _fill(layers[name], stored)
     curves = {name: _curve(stored) for name, stored in content["curves"].items()}
     sampler, skipped = RowSampler(*content["sampler"]), [Skipped(**stored) for stored in content["skipped"]]

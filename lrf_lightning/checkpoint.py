@@ -23,7 +23,7 @@ from lrf_lightning.lightning_checkpoint import is_lightning_checkpoint, lightnin
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.solver.result import Solution
-from lrf_lightning.structure_hook import LowRankCheckpointMixin, register_structure_hook
+from lrf_lightning.structure_hook import LowRankCheckpointMixin, pointwise_first_in, register_structure_hook
 from lrf_lightning.surgery import restore_dense_structure, set_structure
 from lrf_lightning.weights_file import pack, read_header, unpack
 
@@ -110,7 +110,7 @@ def load_compressed(model: nn.Module | Callable[[], nn.Module], path: AnyPath) -
     new = _fresh(model)
     _check_layers(new, record, file)
     try:
-        set_structure(new, record["ranks"])
+        set_structure(new, record["ranks"], pointwise_first_in(state))
     except ValueError as error:
         raise CheckpointError(f"{file} does not fit {type(new).__name__}: {error}") from error
     _check_entries(new, state, file)

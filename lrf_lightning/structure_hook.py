@@ -1,9 +1,9 @@
 """Let a model's structure follow the weights that are loaded into it.
 
 A state dict says by its keys which layers are factorized (``X.left_factor`` and ``X.right_factor`` instead of
-``X.weight``), and by their shapes with which rank. A hook that runs before ``load_state_dict`` visits the children
-gives a model that structure, whichever it had before: dense weights load into a compressed model, compressed weights
-into a dense one, with the user's ordinary class.
+``X.weight``), and by their shapes with which rank and in which order. A hook that runs before ``load_state_dict``
+visits the children gives a model that structure, whichever it had before: dense weights load into a compressed model,
+compressed weights into a dense one, with the user's ordinary class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lrf_lightning.modules import LowRankModule, SplitAttention
 from lrf_lightning.surgery import set_structure
 
-__all__ = ["LowRankCheckpointMixin", "follow_structure", "ranks_in", "register_structure_hook"]
+__all__ = ["LowRankCheckpointMixin", "follow_structure", "pointwise_first_in", "ranks_in", "register_structure_hook"]
 
 LEFT, RIGHT = ".left_factor", ".right_factor"
 
@@ -70,6 +70,15 @@ def ranks_in(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, int]:
     return ranks
 
 
+def pointwise_first_in(state_dict: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The factorized convolutions in a state dict whose kernel belongs to the left factor, by name."""
+
+    def has_kernel(name: str, side: str) -> bool:
+        return any(size > 1 for size in state_dict[f"{prefix}{name}{side}"].shape[2:])
+
+    return {name for name in ranks_in(state_dict, prefix) if has_kernel(name, LEFT) and not has_kernel(name, RIGHT)}
+
+
 def follow_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
     """Give a model the structure of a state dict; layers of which the state dict says nothing stay as they are.
 
@@ -80,13 +89,15 @@ def follow_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     ranks = {name: rank for name, rank in ranks_in(state_dict, prefix).items() if _can_follow(modules, name)}
+    pointwise_first = pointwise_first_in(state_dict, prefix)
     for name, module in modules.items():
         if isinstance(module, LowRankModule) and name not in ranks:
             parent = modules[name.rpartition(".")[0]]
             sites = [(name, module)] + ([(name.rpartition(".")[0], parent)] if _is_attention(parent) else [])
             if not any(_has_foreign_entries(state_dict, f"{prefix}{site}.", layer) for site, layer in sites):
                 ranks[name] = module.rank
-    set_structure(model, ranks)
+                pointwise_first |= {name} if module.pointwise_first else set()
+    set_structure(model, ranks, pointwise_first)
 
 
 def _structure_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

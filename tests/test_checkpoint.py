@@ -233,7 +233,7 @@ class TestMetadata:
         assert record["settings"]["objective"] == "lossless"
         assert record["params_model"] == list(result.params_model)
         assert record["library_version"] == lrf_lightning.__version__
-        assert record["format_version"] == 1
+        assert record["format_version"] == 2
 
     def test_numbers_that_json_lacks_are_strings_that_float_understands(self, saved):
         text = (saved[1] / "compression.json").read_text()
@@ -283,9 +283,9 @@ class TestRefusals:
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
     def test_future_version(self, saved):
-        rewrite(saved[1] / "model.safetensors", format_version=2, library_version="9.9")
-        self.check(saved[1], r"format version 2, written by lrf_lightning 9\.9.*reads up to 1\. Update lrf_lightning")
-        with pytest.raises(CheckpointError, match="format version 2"):
+        rewrite(saved[1] / "model.safetensors", format_version=3, library_version="9.9")
+        self.check(saved[1], r"format version 3, written by lrf_lightning 9\.9.*reads up to 2\. Update lrf_lightning")
+        with pytest.raises(CheckpointError, match="format version 3"):
             read_metadata(saved[1])
 
     @pytest.mark.parametrize("version", [None, "1", True, 0])

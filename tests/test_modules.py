@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -35,51 +36,65 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("first", [metafunc.cls.cases["plain"]], ids=["plain"])
 
 
-def decomposed(kind: type[LowRankModule], dense: nn.Module):
-    """Singular value decomposition of the matrices of a layer, singular values in the left factor."""
-    left, values, right = torch.linalg.svd(kind.matrices(dense).double(), full_matrices=False)
-    return left * values[:, None], right
-
-
-def truncated(kind: type[LowRankModule], dense: nn.Module, rank: int) -> LowRankModule:
-    left, right = decomposed(kind, dense)
-    return factorized(dense, left[..., :rank], right[:, :rank])
-
-
 class Conformance:
-    """What every kind promises. Subclasses say which ``kind`` and which ``cases``."""
+    """What every kind promises. Subclasses say which ``kind``, which ``cases`` and which order of the factors."""
 
     kind: type[LowRankModule]
     cases: dict
+    pointwise_first = False
+
+    def matrices(self, dense: nn.Module):
+        """The weight as the matrices that are factorized."""
+        matrices = self.kind.matrices(dense)
+        if not self.pointwise_first:
+            return matrices
+        groups, rows, _ = matrices.shape
+        by_entry = matrices.reshape(groups, rows, -1, math.prod(dense.kernel_size))
+        return by_entry.transpose(2, 3).reshape(groups, -1, by_entry.shape[2])
+
+    def decomposed(self, dense: nn.Module):
+        """Singular value decomposition of the matrices of a layer, singular values in the left factor."""
+        left, values, right = torch.linalg.svd(self.matrices(dense).double(), full_matrices=False)
+        return left * values[:, None], right
+
+    def factorized(self, dense: nn.Module, left, right) -> LowRankModule:
+        return factorized(dense, left, right, pointwise_first=self.pointwise_first)
+
+    def like(self, dense: nn.Module, rank: int) -> LowRankModule:
+        return self.kind.like(dense, rank, pointwise_first=self.pointwise_first)
+
+    def truncated(self, dense: nn.Module, rank: int) -> LowRankModule:
+        left, right = self.decomposed(dense)
+        return self.factorized(dense, left[..., :rank], right[:, :rank])
 
     def test_full_rank_computes_what_the_dense_layer_computes(self, case):
         dense, x = case.dense().double(), case.inputs(torch.float64)
-        low = truncated(self.kind, dense, min(self.kind.matrices(dense).shape[1:]))
+        low = self.truncated(dense, min(self.matrices(dense).shape[1:]))
         assert type(low) is self.kind
         assert_close(low(x), dense(x))
         assert_close(low.weight, dense.weight)
 
     def test_low_rank_computes_what_a_dense_layer_with_the_product_computes(self, case):
         dense, x = case.dense().double(), case.inputs(torch.float64)
-        low = truncated(self.kind, dense, 1)
+        low = self.truncated(dense, 1)
         assert low.rank == 1
         assert low.left_factor.shape[1] == 1
-        assert torch.linalg.matrix_rank(self.kind.matrices(low.to_dense())).tolist() == [1] * low.groups
+        assert torch.linalg.matrix_rank(self.matrices(low.to_dense())).tolist() == [1] * low.groups
         assert not torch.allclose(low.weight, dense.weight)
         assert_close(low(x), functional_call(dense, {"weight": low.weight}, x))
 
     def test_factors_are_what_was_set_and_multiply_to_the_matrices(self, case):
         dense = case.dense().double()
-        left, right = decomposed(self.kind, dense)
+        left, right = self.decomposed(dense)
         rank = min(2, left.shape[-1])
-        low = factorized(dense, left[..., :rank], right[:, :rank])
+        low = self.factorized(dense, left[..., :rank], right[:, :rank])
         assert_close(low.factors()[0], left[..., :rank])
         assert_close(low.factors()[1], right[:, :rank])
-        assert_close(self.kind.matrices(low.to_dense()), left[..., :rank] @ right[:, :rank])
+        assert_close(self.matrices(low.to_dense()), left[..., :rank] @ right[:, :rank])
 
     def test_gradients_follow_the_chain_rule_of_the_dense_layer(self, case):
         dense, x = case.dense().double(), case.inputs(torch.float64)
-        low = truncated(self.kind, dense, 1)
+        low = self.truncated(dense, 1)
         factors = (low.left_factor, low.right_factor)
         output = low(x)
         weighting = torch.randn_like(output)
@@ -91,7 +106,7 @@ class Conformance:
 
     def test_gradients_agree_with_finite_differences(self, first):
         dense, x = first.dense().double(), first.inputs(torch.float64)
-        low = truncated(self.kind, dense, 2)
+        low = self.truncated(dense, 2)
         names = list(dict(low.named_parameters()))
 
         def run(*values):
@@ -103,14 +118,14 @@ class Conformance:
 
     def test_state_dict_round_trip(self, case):
         dense, x = case.dense(), case.inputs()
-        low = truncated(self.kind, dense, 1)
+        low = self.truncated(dense, 1)
         assert set(low.state_dict()) == {"left_factor", "right_factor"} | ({"bias"} if low.bias is not None else set())
-        other = self.kind.like(case.dense(), 1)
+        other = self.like(case.dense(), 1)
         other.load_state_dict(low.state_dict())
         assert torch.equal(other(x), low(x))
 
     def test_deepcopy_and_pickle(self, case):
-        low, x = truncated(self.kind, case.dense(), 1), case.inputs()
+        low, x = self.truncated(case.dense(), 1), case.inputs()
         for twin in (copy.deepcopy(low), pickle.loads(pickle.dumps(low))):
             assert torch.equal(twin(x), low(x))
             assert twin.left_factor.data_ptr() != low.left_factor.data_ptr()
@@ -121,7 +136,7 @@ class Conformance:
 
     def test_to_dense_has_the_type_options_and_function(self, case):
         dense, x = case.dense().double().eval(), case.inputs(torch.float64)
-        low = truncated(self.kind, dense, 1)
+        low = self.truncated(dense, 1)
         back = low.to_dense()
         assert type(back) is type(dense)
         assert repr(back) == repr(dense)
@@ -132,7 +147,7 @@ class Conformance:
     def test_dtype_flags_and_mode_are_kept_both_ways(self, first, dtype):
         dense = first.dense().to(dtype).eval()
         dense.weight.requires_grad_(False)
-        low = truncated(self.kind, dense, 2)
+        low = self.truncated(dense, 2)
         back = low.to_dense()
         assert {p.dtype for p in (*low.parameters(), *back.parameters())} == {dtype}
         assert (low.left_factor.requires_grad, low.right_factor.requires_grad, back.weight.requires_grad) == (
@@ -144,7 +159,7 @@ class Conformance:
 
     def test_nothing_shares_storage_with_the_dense_layer(self, first):
         dense = first.dense()
-        low = truncated(self.kind, dense, 2)
+        low = self.truncated(dense, 2)
         before = {name: value.clone() for name, value in low.state_dict().items()}
         with torch.no_grad():
             for parameter in dense.parameters():
@@ -154,13 +169,13 @@ class Conformance:
     def test_meta_device(self, first):
         with torch.device("meta"):
             dense = first.make()
-        low = self.kind.like(dense, 2)
+        low = self.like(dense, 2)
         assert all(p.is_meta for p in low.parameters())
         assert all(p.is_meta for p in low.to_dense().parameters())
 
     def test_autocast(self, first):
         dense, x = first.dense(), first.inputs()
-        low = truncated(self.kind, dense, min(self.kind.matrices(dense).shape[1:]))
+        low = self.truncated(dense, min(self.matrices(dense).shape[1:]))
         with torch.autocast("cpu", torch.bfloat16):
             y = low(x)
         assert y.dtype == torch.bfloat16
@@ -174,30 +189,30 @@ class Conformance:
         with torch.no_grad():
             for parameter in dense.parameters():
                 parameter.mul_(scale)
-        left, right = decomposed(self.kind, dense)
+        left, right = self.decomposed(dense)
         root = right.norm(dim=-1).mean() * scale**0.5
-        low = factorized(dense, left / root, right * root)
+        low = self.factorized(dense, left / root, right * root)
         assert_close(low(x) / scale, dense(x) / scale, rtol=1e-4, atol=1e-4)
         assert_close(low.weight / scale, dense.weight / scale, rtol=1e-4, atol=1e-4)
 
     def test_compiles_into_one_graph(self, first):
         torch.compiler.reset()
-        low, x = truncated(self.kind, first.dense(), 2), first.inputs()
+        low, x = self.truncated(first.dense(), 2), first.inputs()
         compiled = torch.compile(low, backend="aot_eager", fullgraph=True)
         assert_close(compiled(x), low(x))
 
     def test_exports(self, first):
-        low, x = truncated(self.kind, first.dense(), 2).eval(), first.inputs()
+        low, x = self.truncated(first.dense(), 2).eval(), first.inputs()
         program = torch.export.export(low, (x,))
         assert_close(program.module()(x), low(x))
 
     def test_impossible_ranks_and_factors_are_refused(self, first):
         dense = first.dense()
-        full = min(self.kind.matrices(dense).shape[1:])
+        full = min(self.matrices(dense).shape[1:])
         for rank in (0, full + 1):
             with pytest.raises(ValueError, match=rf"rank={rank} is outside 1\.\.{full}"):
-                self.kind.like(dense, rank)
-        low = self.kind.like(dense, 2)
+                self.like(dense, rank)
+        low = self.like(dense, 2)
         left, right = low.factors()
         with pytest.raises(ValueError, match="do not fit"):
             low.set_factors(left[..., :1], right)
@@ -212,7 +227,7 @@ class ConvConformance(Conformance):
 
     def test_inputs_without_a_batch(self, first):
         dense, x = first.dense().double(), first.inputs(torch.float64)[0]
-        low = truncated(self.kind, dense, min(self.kind.matrices(dense).shape[1:]))
+        low = self.truncated(dense, min(self.matrices(dense).shape[1:]))
         assert_close(low(x), dense(x))
 
 
@@ -222,8 +237,8 @@ class ChannelsLast:
     def test_channels_last(self, case):
         dense, x = case.dense(), case.inputs()
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
-        reference = truncated(self.kind, dense, 2)(x)
-        low = truncated(self.kind, dense.to(memory_format=layout), 2)
+        reference = self.truncated(dense, 2)(x)
+        low = self.truncated(dense.to(memory_format=layout), 2)
         assert low.right_factor.is_contiguous(memory_format=layout)
         assert low.left_factor.is_contiguous(memory_format=layout)
         assert low.to_dense().weight.is_contiguous(memory_format=layout)
@@ -239,7 +254,7 @@ class TestTransposedLinear(Conformance):
 
     # the class of the catalogue poses as one of another package, where pickle would look for it
     def test_deepcopy_and_pickle(self, case):
-        low, x = truncated(self.kind, case.dense(), 1), case.inputs()
+        low, x = self.truncated(case.dense(), 1), case.inputs()
         assert torch.equal(copy.deepcopy(low)(x), low(x))
 
 
@@ -248,7 +263,7 @@ class TestEmbedding(Conformance):
 
     def test_padding_entry_gets_no_gradient_and_keeps_its_value(self):
         dense = nn.Embedding(9, 4, padding_idx=-1)
-        low = truncated(LowRankEmbedding, dense, 2)
+        low = self.truncated(dense, 2)
         assert low.padding_idx == 8
         assert low.to_dense().padding_idx == 8
         x = torch.tensor([[8, 1], [3, 8]])
@@ -281,6 +296,18 @@ class TestConv3d(ChannelsLast, ConvConformance):
     kind, cases = LowRankConv3d, CONVOLUTIONS[3]
 
 
+class TestConv1dPointwiseFirst(TestConv1d):
+    pointwise_first = True
+
+
+class TestConv2dPointwiseFirst(TestConv2d):
+    pointwise_first = True
+
+
+class TestConv3dPointwiseFirst(TestConv3d):
+    pointwise_first = True
+
+
 class TransposedConformance(ConvConformance):
     """Besides: the size of the output on request."""
 
@@ -288,7 +315,7 @@ class TransposedConformance(ConvConformance):
     def test_output_size(self, extra):
         options = {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}
         dense = self.kind.dense_type(4, 6, 3, **options).double()
-        low = truncated(self.kind, dense, 2)
+        low = self.truncated(dense, 2)
         x = torch.randn(2, 4, *(5, 4, 3)[: len(dense.kernel_size)], dtype=torch.float64)
         size = [s + extra for s in dense(x).shape[2:]]
         assert_close(low(x, size), dense(x, size))

@@ -160,8 +160,9 @@ class TestFindLayers:
             "attn.v_proj",
         ]
         model["linear"].weight.requires_grad_(False)
-        assert "linear" in names(model)
-        assert reasons(model, frozen=False) == {"linear": "is frozen (frozen=False)"}
+        assert "linear" in names(model, frozen=True)
+        assert reasons(model) == {"linear": "is frozen (frozen=True factorizes it)"}
+        model["linear"].weight.requires_grad_(True)
         assert reasons(model, min_params=65)["linear"] == "has 64 weights, fewer than min_params=65"
         assert reasons(model, types=("Conv2d",))["linear"] == "its type is not matched by types"
         assert reasons(model, exclude_types=("Linear",))["linear"] == "its type is matched by exclude_types"

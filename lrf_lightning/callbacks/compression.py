@@ -41,6 +41,7 @@ from lrf_lightning.sample_images import find_images
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.settings import (
     BUDGETS,
+    ConvOrder,
     Cost,
     GammaKind,
     Metric,
@@ -120,6 +121,8 @@ class LowRankCompression(Callback):
         prediction: what the allocation trusts, the change of the ``loss`` or the lost ``energy`` of the weights.
         probes: whether the perturbation range is found by measuring a few truncations.
         compensation: whether factors are fitted to the inputs that they will really see.
+        conv_order: what comes first in a factorized convolution, ``kernel_first``, ``pointwise_first``, or ``best``:
+            whichever leaves the smaller error, for every layer.
         batch_norm: whether statistics of batch norms are estimated anew where the selection split shows that it helps.
         damping: relative damping of second moments.
         first_order_errors: standard errors by which first-order terms are shrunk.
@@ -181,6 +184,7 @@ class LowRankCompression(Callback):
         prediction: Prediction = "loss",
         probes: bool = True,
         compensation: bool = True,
+        conv_order: ConvOrder = "best",
         batch_norm: bool = False,
         damping: float = 1e-2,
         first_order_errors: float = 2.0,
@@ -193,7 +197,7 @@ class LowRankCompression(Callback):
         types: tuple[str, ...] = (),
         exclude_types: tuple[str, ...] = (),
         predicate: Callable[[str, nn.Module], bool] | None = None,
-        frozen: bool = True,
+        frozen: bool = False,
         min_params: int = 0,
         variant: PaperVariant = "lossless",
         gamma: float = 0.1,

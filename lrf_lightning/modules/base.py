@@ -14,6 +14,7 @@ class LowRankModule(nn.Module):
     Attributes:
         rank: number of components that are kept, at least 1 and common to all groups.
         groups: number of blocks on the diagonal of the dense weight, 1 for a linear layer.
+        pointwise_first: whether this is a convolution whose kernel belongs to the left factor.
         left_factor: shape (out, rank, ...).
         right_factor: shape (groups * rank, in / groups, ...).
         bias: as in the dense layer, None if it has none.
@@ -21,6 +22,7 @@ class LowRankModule(nn.Module):
 
     rank: int
     groups: int
+    pointwise_first: bool = False
     left_factor: nn.Parameter
     right_factor: nn.Parameter
     bias: nn.Parameter | None
@@ -31,8 +33,13 @@ class LowRankModule(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def like(cls, dense: nn.Module, rank: int) -> LowRankModule:
+    def like(cls, dense: nn.Module, rank: int, *, pointwise_first: bool = False) -> LowRankModule:
         """An uninitialised low-rank layer with the geometry, dtype, device and bias of ``dense``.
+
+        Args:
+            dense: a layer of the kind that this class stands in for.
+            rank: number of components.
+            pointwise_first: the order of the factors of a convolution; other kinds have only one.
 
         Raises:
             ValueError: if the rank is not within 1 and the full rank.
@@ -56,7 +63,8 @@ class LowRankModule(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Both factors as matrices, shapes (groups, output side, rank) and (groups, rank, input side).
 
-        Their product equals :meth:`matrices` of the dense layer.
+        Their product equals :meth:`matrices` of the dense layer; that of a convolution with ``pointwise_first`` is the
+        same weight as matrices (groups, out * kernel, in).
         """
         return (
             self.left_factor.reshape(self.groups, -1, self.rank),

@@ -49,7 +49,7 @@ class LowRankEmbedding(LowRankModule):
         self.register_parameter("bias", None)
 
     @classmethod
-    def like(cls, dense: nn.Module, rank: int) -> LowRankEmbedding:
+    def like(cls, dense: nn.Module, rank: int, *, pointwise_first: bool = False) -> LowRankEmbedding:
         """See :meth:`LowRankModule.like`."""
         assert isinstance(dense, nn.Embedding)
         return cls(

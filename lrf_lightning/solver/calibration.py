@@ -139,10 +139,10 @@ def _draw_curves(
             processes=work.processes,
             advance=advance,
         )
-    predictions = {name: predict(*derivatives[name], factors[name].relative_tail(), work.processes) for name in layers}
+    tails = {name: tail_derivatives(*derivatives[name], factors[name].gains) for name in layers}
+    predictions = {name: predict(tails[name], factors[name].relative_tail(), work.processes) for name in layers}
     probes: dict[str, list[Probe]] = {name: [] for name in layers}
     if probing is not None:
-        tails = {name: tail_derivatives(*derivatives[name]) for name in layers}
         count = max(1, PROBE_GROUPS // memory_group_count)
         probes |= _measure_probes(work, layers, factors, predictions, tails, probing, count)
     for name, prediction in predictions.items():
@@ -180,8 +180,7 @@ def _measure_probes(
                 measured.append(
                     measure_probe(
                         work.model,
-                        layers,
-                        factors,
+                        {name: work.stand_in(layers[name], factors[name], rank) for name, rank in chosen.items()},
                         chosen,
                         joint,
                         probing.dense,

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.modules import LowRankModule
+from lrf_lightning.solver.conv_orders import best_factors, layer_factors
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, to_device
-from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.hooks import first_tensor
 from lrf_lightning.solver.lockstep import Run, pause, runs
 from lrf_lightning.solver.statistics import LayerStatistics, Moment, RowSampler
-from lrf_lightning.surgery import factorized, replace_module
+from lrf_lightning.surgery import replace_module
 
 __all__ = ["can_be_fitted", "compensated_target", "fit_layers"]
 
@@ -80,18 +80,20 @@ def fit_layers(
             target = compensated_target(target, evidence.cross.mean, inputs, damping)
         inputs = None if metric == "euclidean" else inputs
         outputs = layer.gradients.mean if metric == "fisher" else None
-        return factorize(target, inputs, outputs, damping=damping, max_rank=rank).truncated(rank)
+        factors = layer_factors(layer.candidate, target, inputs, outputs, damping=damping, max_rank=rank)
+        return best_factors(layer.candidate, factors, rank, target, inputs, damping=damping)
 
     def solved(name: str, rank: int, evidence: _Evidence | None) -> LowRankModule:
         candidate, owner = layers[name].candidate, (owners or {}).get(name, 0)
-        shapes = (candidate.groups, candidate.rows, rank), (candidate.groups, rank, candidate.columns)
+        rows, columns = candidate.sides
+        shapes = (candidate.groups, rows, rank), (candidate.groups, rank, columns)
         solution = processes.patiently(
             f"solving {name!r}", lambda: factors_of(name, rank, evidence) if processes.rank == owner else None
         )
         factors = solution or tuple(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
         processes.broadcast_(factors, owner)
         advance()
-        return factorized(candidate.module, *factors)
+        return candidate.stand_in(*factors)
 
     wanted = [(copy, {name: ranks[name] for name in layers if name in ranks}) for copy, ranks in copies]
     processes.agree(

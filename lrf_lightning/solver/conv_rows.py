@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from lrf_lightning.solver.rows import RowReader, UnreadableRowsError
 
-__all__ = ["ConvRows", "ConvTransposeRows"]
+__all__ = ["ConvRows", "ConvTransposeRows", "PointwiseFirstConvRows"]
 
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+SPREAD: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class _SpatialRows(RowReader):
@@ -136,6 +137,25 @@ class ConvRows(_SpatialRows):
         if not any(borders):
             return x
         return F.pad(x, borders) if mode == "zeros" else F.pad(x, borders, mode=mode)
+
+
+class PointwiseFirstConvRows(ConvRows):
+    """The same rows; but components mix channels before the kernel is applied."""
+
+    def project(self, x: Tensor, right: Tensor, batch: int) -> Tensor:
+        """See :meth:`RowReader.project`; shape (images, g * k, s1, ...), borders included."""
+        weight = right.reshape(-1, right.shape[-1], *(1,) * self._dims)
+        return CONVOLVE[self._dims](self._bordered(self._images(x, batch)), weight, groups=self.candidate.groups)
+
+    def components(self, projected: Tensor, grad: Tensor, left: Tensor, batch: int) -> Tensor:
+        """See :meth:`RowReader.components`."""
+        layer, groups, rank = self._layer, self.candidate.groups, left.shape[-1]
+        weight = left.reshape(-1, self.candidate.kernel, rank).transpose(1, 2)
+        weight = weight.reshape(-1, rank, *layer.kernel_size)
+        spread = SPREAD[self._dims](self._images(grad, batch), weight, None, layer.stride, 0, 0, groups, layer.dilation)
+        # the last positions may be out of the kernel's reach
+        inside = tuple(slice(size) for size in spread.shape)
+        return _per_sample(projected[inside] * spread, batch, groups, rank)
 
 
 class ConvTransposeRows(_SpatialRows):

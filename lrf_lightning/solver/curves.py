@@ -124,22 +124,27 @@ def component_derivatives(
 
 
 def predict(
-    heads: Tensor,  # (samples, r)
-    totals: Tensor,  # (samples,)
+    tails: Tensor,  # (samples, r)
     relative_tail: Tensor,  # (r,)
     processes: Processes = ALONE,
 ) -> Prediction:
     """First-order change, its standard error and the curvature at the ranks 1 to r, over all processes' samples."""
-    mean, square, error = tail_moments(tail_derivatives(heads, totals), processes)
+    mean, square, error = tail_moments(tails, processes)
     return Prediction(mean, error, square / 2, relative_tail[: len(mean)].cpu())
 
 
 def tail_derivatives(
     heads: Tensor,  # (samples, r)
     totals: Tensor,  # (samples,)
+    gains: Tensor | None = None,  # (r,)
 ) -> Tensor:
-    """Derivative of every sample's loss along the truncation to the ranks 1 to r, shape (samples, r)."""
-    return -(totals[:, None] - heads.cumsum(1))
+    """Derivative of every sample's loss along the truncation to the ranks 1 to r, shape (samples, r).
+
+    Where better factors than the truncated ones leave a share ``gains`` of the squared error, they are taken for a
+    perturbation in the same direction that is as much shorter.
+    """
+    tails = -(totals[:, None] - heads.cumsum(1))
+    return tails if gains is None else tails * gains.to(tails).sqrt()
 
 
 def tail_moments(tails: Tensor, processes: Processes = ALONE) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST_SIDE", "Factors", "damped", "decomposition_cost", "factorize"]
+__all__ = ["LARGEST_SIDE", "Factors", "damped", "decomposition_cost", "factorize", "relative_traces", "roots"]
 
 # of a side beyond this only the diagonal of the moment is kept; a whole one takes 2 GiB here
 LARGEST_SIDE = 16384
@@ -36,11 +36,16 @@ class Factors:
         left: shape (g, m, r), columns l_i.
         right: shape (g, r, n), rows r_i; the product of the first k columns and rows is the best matrix of rank k.
         singular_values: shape (g, min(m, n)), of the target in the metric, up to one factor common to all groups.
+        best_errors: relative squared error in the metric of the best left factor at every rank, shape (r,) on the CPU;
+            None where that is the truncated one. See :mod:`lrf_lightning.solver.conv_orders`.
+        gains: the same over the error of the truncated left factor, at most 1.
     """
 
     left: Tensor
     right: Tensor
     singular_values: Tensor
+    best_errors: Tensor | None = None
+    gains: Tensor | None = None
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         """The leading components, scaled so that both factors of each have the same norm."""
@@ -104,7 +109,7 @@ def factorize(
         left, right = front.transpose(1, 2), back.transpose(1, 2)
     for moment in (input_moment, output_moment):
         if moment is not None:
-            values = values * _share(moment).sqrt()
+            values = values * relative_traces(moment).sqrt()
     return Factors(left[..., :max_rank], right[..., :max_rank, :] * scale, values * scale)
 
 
@@ -120,7 +125,7 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     return torch.where(mean > 0, moment / torch.where(mean > 0, mean, torch.ones_like(mean)) + damping * eye, eye)
 
 
-def _share(moment: Tensor) -> Tensor:
+def relative_traces(moment: Tensor) -> Tensor:
     """Size of every group's moment relative to the largest one, shape (g, 1); ``damped`` takes it out."""
     diagonal = moment if moment.dim() == 2 else moment.diagonal(dim1=-2, dim2=-1)
     trace = diagonal.to(torch.float64).sum(-1, keepdim=True).clamp_min(0)
@@ -138,11 +143,11 @@ def _by_rows(
         values, vectors = torch.linalg.eigh(gram)
         left, back = vectors, vectors
     elif outer.dim() == 2:
-        root, inverse = _diagonal_roots(outer)
+        root, inverse = roots(outer)
         values, vectors = torch.linalg.eigh(root * gram * root.transpose(-1, -2))
         left, back = inverse * vectors, root * vectors
     else:
-        root, inverse = _roots(outer)
+        root, inverse = roots(outer)
         values, vectors = torch.linalg.eigh(root @ gram @ root)
         left, back = inverse @ vectors, root @ vectors
     # below the rounding of the products nothing is known: count it as zero, so that the rank is the numerical one
@@ -158,8 +163,10 @@ def _times(target: Tensor, moment: Tensor | None) -> Tensor:
     return target * moment[:, None, :] if moment.dim() == 2 else target @ moment
 
 
-def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric root and its pseudo-inverse; null directions stay null."""
+def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric root and its pseudo-inverse, of shape (g, m, 1) for a diagonal; null directions stay null."""
+    if moment.dim() == 2:
+        return _diagonal_roots(moment)
     values, vectors = torch.linalg.eigh(moment)
     floor = values.amax(-1, keepdim=True) * moment.shape[-1] * torch.finfo(values.dtype).eps
     alive = values > floor

@@ -89,7 +89,14 @@ def calibrated(
     finds.
     """
     if settings.objective == "paper":  # the published algorithm knows neither metrics nor compensation
-        settings = dataclasses.replace(settings, metric="euclidean", compensation=False, probes=False, batch_norm=False)
+        settings = dataclasses.replace(
+            settings,
+            metric="euclidean",
+            compensation=False,
+            probes=False,
+            batch_norm=False,
+            conv_order="kernel_first",
+        )
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     processes = current_processes(device)
     with processes.together("the copy of the model"):
@@ -306,6 +313,7 @@ def _layer_result(work: Workspace, layer: LayerStatistics, ranks: dict[str, int]
         kind=candidate.kind,
         shape=tuple(weight.shape),
         full_rank=candidate.full_rank,
+        pointwise_first=candidate.pointwise_first,
         rank=rank,
         params_before=candidate.dense_params,
         params_after=candidate.dense_params if rank is None else candidate.low_rank_params(rank),

@@ -34,6 +34,7 @@ from lrf_lightning.distributed import Processes
 from lrf_lightning.modules.base import memory_format
 from lrf_lightning.solver.layer_input import LayerInput
 from lrf_lightning.solver.statistics import LayerStatistics, TiedUse
+from lrf_lightning.surgery import Candidate
 from lrf_lightning.surgery.kinds import low_rank_type
 
 __all__ = ["LayerLatency", "LayerTimes", "device_name", "measure_layers", "median_polish", "ratio_at", "rising", "wait"]
@@ -130,7 +131,7 @@ def _measure_layer(layer: LayerStatistics, device: torch.device, multiple: int) 
         uses.append((layer.tied.module, layer.tied))
     return LayerLatency(
         tuple(
-            (_cached_times(module, use.observed, ranks, device, SHAPE_SECONDS), use.rows_per_sample)
+            (_cached_times(candidate, module, use.observed, ranks, device, SHAPE_SECONDS), use.rows_per_sample)
             for module, use in uses
             if use.observed is not None
         )
@@ -141,7 +142,8 @@ def ratio_at(layer: LayerStatistics, rank: int, device: torch.device) -> float |
     """Time of a layer at one rank over that of the dense layer, None if it never ran."""
     if layer.observed is None:
         return None
-    return _cached_times(layer.candidate.module, layer.observed, (rank,), device, RANK_SECONDS).ratios[0]
+    candidate = layer.candidate
+    return _cached_times(candidate, candidate.module, layer.observed, (rank,), device, RANK_SECONDS).ratios[0]
 
 
 def grid(max_rank: int, multiple: int) -> tuple[int, ...]:
@@ -156,8 +158,14 @@ def grid(max_rank: int, multiple: int) -> tuple[int, ...]:
 
 
 def _cached_times(
-    module: nn.Module, given: LayerInput, ranks: tuple[int, ...], device: torch.device, limit: float
+    candidate: Candidate,
+    module: nn.Module,
+    given: LayerInput,
+    ranks: tuple[int, ...],
+    device: torch.device,
+    limit: float,
 ) -> LayerTimes:
+    """Durations of the module, which is the candidate's or one that reads its weight transposed."""
     key = {
         "method": METHOD,
         "device": device_name(device),
@@ -166,11 +174,11 @@ def _cached_times(
         "layout": str(memory_format(module.get_parameter("weight"))),
         "input": asdict(given),
         "ranks": list(ranks),
-    }
+    } | ({"pointwise_first": True} if candidate.pointwise_first else {})
     kept = latency_cache.look_up(key)
     times = None if kept is None else _parsed(kept, ranks)
     if times is None:
-        times = _measure(module, given, ranks, device, limit)
+        times = _measure(module, given, ranks, device, limit, candidate.pointwise_first)
         latency_cache.keep(key, asdict(times))
     return times
 
@@ -212,13 +220,18 @@ def device_name(device: torch.device) -> str:
 
 @torch.no_grad()
 def _measure(
-    module: nn.Module, given: LayerInput, ranks: Sequence[int], device: torch.device, limit: float
+    module: nn.Module,
+    given: LayerInput,
+    ranks: Sequence[int],
+    device: torch.device,
+    limit: float,
+    pointwise_first: bool = False,
 ) -> LayerTimes:
     started = time.perf_counter()
     with given.precision(device):
         given, once = _affordable(module, given, device)
         x = given.example(module, device)
-        variants = [module, *(_stand_in(module, rank) for rank in ranks)]
+        variants = [module, *(_stand_in(module, rank, pointwise_first) for rank in ranks)]
         calls = max(1, math.ceil(SHORTEST_SECONDS / max(once, 1e-9)))
         for variant in variants:
             _duration(variant, x, 1)
@@ -256,10 +269,10 @@ def _affordable(module: nn.Module, given: LayerInput, device: torch.device) -> t
     return given, once
 
 
-def _stand_in(module: nn.Module, rank: int) -> nn.Module:
+def _stand_in(module: nn.Module, rank: int, pointwise_first: bool) -> nn.Module:
     kind = low_rank_type(module)
     assert kind is not None
-    new = kind.like(module, rank)
+    new = kind.like(module, rank, pointwise_first=pointwise_first)
     for parameter in new.parameters():
         # memory that was never written may hold numbers that are slow to compute with
         parameter.fill_(0.01)

@@ -23,9 +23,10 @@ __all__ = ["PointModels"]
 
 @dataclass(frozen=True)
 class _Kept:
-    """Ranks of all low-rank layers, the tensors that the original has not, and the records of the layers."""
+    """Ranks and orders of all low-rank layers, the tensors that the original has not, and the records of the layers."""
 
     ranks: dict[str, int]
+    pointwise_first: set[str]
     changed: dict[str, Tensor]
     layers: list[LayerResult]
 
@@ -43,14 +44,16 @@ class PointModels:
 
     def keep(self, allocation: Mapping[str, int], model: nn.Module, layers: Sequence[LayerResult]) -> None:
         """Remember a model that was made from the original, and what became of its layers."""
-        ranks = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankModule)}
+        low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankModule)}
+        ranks = {name: module.rank for name, module in low_rank.items()}
+        pointwise_first = {name for name, module in low_rank.items() if module.pointwise_first}
         original = self.dense.state_dict()
         changed = {
             name: value.detach().to("cpu", copy=True)
             for name, value in model.state_dict().items()
             if isinstance(value, Tensor) and not _same(value, original.get(name))
         }
-        self._kept[ranks_key(allocation)] = _Kept(ranks, changed, list(layers))
+        self._kept[ranks_key(allocation)] = _Kept(ranks, pointwise_first, changed, list(layers))
 
     def build(self, allocation: Mapping[str, int]) -> nn.Module:
         """A new model like the one that was kept, on the device of the original.
@@ -61,7 +64,7 @@ class PointModels:
         kept = self._kept[ranks_key(allocation)]
         model = copy.deepcopy(self.dense)
         with random_state.preserved():  # new layers draw weights first
-            set_structure(model, kept.ranks)
+            set_structure(model, kept.ranks, kept.pointwise_first)
         state = {**self.dense.state_dict(), **kept.changed}
         # low-rank layers are made anew, with a bias that holds nothing yet
         model.load_state_dict({name: state[name] for name in model.state_dict()})

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
+from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.curves import Prediction, shrink, tail_moments
 from lrf_lightning.solver.evaluation import LossFunction, Outcome, evaluate
-from lrf_lightning.solver.factorization import Factors
-from lrf_lightning.solver.statistics import LayerStatistics
-from lrf_lightning.surgery import factorized, replace_module
+from lrf_lightning.surgery import replace_module
 
 __all__ = ["Probe", "corrected_curve", "measure_probe", "predicted_probe", "probe_groups", "probe_ranks"]
 
@@ -95,8 +94,7 @@ def predicted_probe(
 
 def measure_probe(
     model: nn.Module,
-    layers: Mapping[str, LayerStatistics],
-    factors: Mapping[str, Factors],
+    stand_ins: Mapping[str, LowRankModule],
     ranks: Mapping[str, int],
     prediction: tuple[float, float],
     dense: Outcome,
@@ -109,9 +107,8 @@ def measure_probe(
 
     Args:
         model: dense model on ``device``; as it was on return.
-        layers: at least the layers to truncate, by name.
-        factors: their components by name.
-        ranks: rank by name.
+        stand_ins: what takes the place of the layers, by name.
+        ranks: their ranks by name.
         prediction: first-order change and curvature, see :func:`predicted_probe`.
         dense: losses of the dense model on the same batches.
         loss: the user's loss.
@@ -119,14 +116,14 @@ def measure_probe(
         device: where batches are moved to.
         processes: who else measures on other batches.
     """
+    dense_layers = {name: model.get_submodule(name) for name in stand_ins}
     try:
-        for name, rank in ranks.items():
-            module = layers[name].candidate.module
-            replace_module(model, name, factorized(module, *factors[name].truncated(rank)))
+        for name, stand_in in stand_ins.items():
+            replace_module(model, name, stand_in)
         outcome = evaluate(model, loss, batches, device, processes=processes)
     finally:
-        for name in ranks:
-            replace_module(model, name, layers[name].candidate.module)
+        for name, layer in dense_layers.items():
+            replace_module(model, name, layer)
     differences = outcome.losses - dense.losses
     share = dense.weights / dense.weights.sum()
     mean = float((share * differences).sum())

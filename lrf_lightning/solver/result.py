@@ -112,6 +112,7 @@ class LayerResult:
         predicted_error: standard error of the first-order part of the prediction.
         reason: why the layer was left alone; empty for layers that the allocation could choose.
         curve: the predictions at every rank, None for layers left alone.
+        pointwise_first: whether this is a convolution whose factors mix channels before the kernel is applied.
     """
 
     name: str
@@ -129,6 +130,7 @@ class LayerResult:
     predicted_error: float | None = None
     reason: str = ""
     curve: LayerCurve | None = None
+    pointwise_first: bool = False
 
 
 @dataclass(frozen=True)

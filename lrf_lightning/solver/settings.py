@@ -12,6 +12,7 @@ from torch import nn
 
 __all__ = [
     "BUDGETS",
+    "ConvOrder",
     "Cost",
     "GammaKind",
     "Metric",
@@ -29,6 +30,7 @@ Prediction = Literal["loss", "energy"]
 PaperVariant = Literal["lossless", "compact"]
 GammaKind = Literal["relative", "mean_square"]
 SpeedRuntime = Literal["none", "eager", "compile"]
+ConvOrder = Literal["best", "kernel_first", "pointwise_first"]
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
 
@@ -66,6 +68,9 @@ class Settings:
             ``energy`` (the share of the weight's squared norm that is lost, as plain and whitened SVD do).
         probes: whether the perturbation range is found by measuring a few truncations, with ``prediction="loss"``.
         compensation: whether factors are fitted to the inputs that they will really see, layer after layer.
+        conv_order: what comes first in a factorized convolution: ``kernel_first`` (few output channels are computed
+            with the kernel, then mixed), ``pointwise_first`` (input channels are mixed to a few, then the kernel is
+            applied), or ``best``, whichever leaves the smaller error in the metric, for every layer.
         batch_norm: whether running statistics of batch norms are estimated anew on the calibration data, where that
             lowers the loss on the selection split; needs splits of a thousand samples or more.
         damping: relative damping of the second moments of inputs and gradients, at least 0.
@@ -110,6 +115,7 @@ class Settings:
     prediction: Prediction = "loss"
     probes: bool = True
     compensation: bool = True
+    conv_order: ConvOrder = "best"
     batch_norm: bool = False
     damping: float = 1e-2
     first_order_errors: float = 2.0
@@ -122,7 +128,7 @@ class Settings:
     types: tuple[str, ...] = ()
     exclude_types: tuple[str, ...] = ()
     predicate: Callable[[str, nn.Module], bool] | None = None
-    frozen: bool = True
+    frozen: bool = False
     min_params: int = 0
     variant: PaperVariant = "lossless"
     gamma: float = 0.1
@@ -150,6 +156,7 @@ class Settings:
         if self.rank_multiple is not None:
             _check_whole("rank_multiple", self.rank_multiple, 1)
         _check_number("memory_gib", self.memory_gib, above=0)
+        _check_choice("conv_order", self.conv_order, get_args(ConvOrder))
         _check_choice("prediction", self.prediction, get_args(Prediction))
         for name in ("refinements", "min_params", "seed"):
             _check_whole(name, getattr(self, name), 0)

@@ -159,8 +159,25 @@ class LayerStatistics:
         products, lookups = (tied, self.rows_per_sample) if looked_up else (self.rows_per_sample, tied)
         if rank is None:
             return round(candidate.dense_params * products)
+        if candidate.pointwise_first:
+            rows, columns = candidate.sides
+            return round(candidate.groups * rank * (rows * products + columns * self._input_positions))
         entry = candidate.rows if looked_up else candidate.columns
         return round(candidate.low_rank_params(rank) * products + rank * entry * lookups)
+
+    @property
+    def _input_positions(self) -> float:
+        """Positions of the input per sample; with a stride there are more of them than positions of the output."""
+        if self.observed is None:
+            return self.rows_per_sample
+        images, _, *sizes = self.observed.shape
+        return self.rows_per_sample * images * math.prod(sizes) / self.observed.rows
+
+    def set_order(self, *, pointwise_first: bool) -> None:
+        """Set the order of a convolution's factors."""
+        if self.candidate.pointwise_first != pointwise_first:
+            self.candidate = self.candidate.reordered
+            self.reader = row_reader(self.candidate)
 
     def use(self, *, transposed: bool) -> LayerStatistics | TiedUse:
         """The part of the modules that read the weight as the layer does, or transposed."""

@@ -7,16 +7,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes, assigned
+from lrf_lightning.modules import LowRankModule
+from lrf_lightning.solver.conv_orders import best_factors, better_order, layer_factors
 from lrf_lightning.solver.curves import Prediction
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
-from lrf_lightning.solver.factorization import Factors, decomposition_cost, factorize
+from lrf_lightning.solver.factorization import Factors, decomposition_cost
 from lrf_lightning.solver.latency import LayerLatency
 from lrf_lightning.solver.probes import Probe
 from lrf_lightning.solver.settings import Settings
@@ -186,26 +188,48 @@ class Workspace:
         )
 
     def factorized(self, layers: Mapping[str, LayerStatistics], advance: Callable[[], None]) -> dict[str, Factors]:
-        """Components of some layers in the metric; every process decomposes its share and sends it to the others."""
-        settings, names = self.settings, list(layers)
-        owners = self.owners(layers)
+        """Components of some layers in the metric; every process decomposes its share and sends it to the others.
+
+        Convolutions get the better order of their factors.
+        """
+        names, owners = list(layers), self.owners(layers)
         own: dict[str, Factors] = {}
+        orders: dict[str, Candidate] = {}
+        gains: dict[str, Tensor | None] = {}
 
         def decompose() -> None:
             for name in names:
                 if owners[name] == self.processes.rank:
-                    layer = layers[name]
-                    own[name] = factorize(
-                        layer.candidate.matrices(),
-                        None if settings.metric == "euclidean" else layer.inputs.mean,
-                        layer.gradients.mean if settings.metric == "fisher" else None,
-                        damping=settings.damping,
-                        max_rank=layer.candidate.max_rank,
-                    )
+                    orders[name], own[name] = self._decomposed(layers[name])
                 advance()
 
         self.processes.patiently("the factorization", decompose)
-        return {name: self._sent(own.get(name), layers[name].candidate, owners[name]) for name in names}
+        for found in self.processes.gather({name: (o.pointwise_first, own[name].gains) for name, o in orders.items()}):
+            for name, (pointwise_first, gains[name]) in found.items():
+                layers[name].set_order(pointwise_first=pointwise_first)
+        sent = {name: self._sent(own.get(name), layers[name].candidate, owners[name]) for name in names}
+        return {name: replace(factors, gains=gains[name]) for name, factors in sent.items()}
+
+    def _decomposed(self, layer: LayerStatistics) -> tuple[Candidate, Factors]:
+        settings, candidate = self.settings, layer.candidate
+        inputs = None if settings.metric == "euclidean" else layer.inputs.mean
+        outputs = layer.gradients.mean if settings.metric == "fisher" else None
+        target, damping = candidate.matrices(), settings.damping
+        if settings.conv_order == "best" and candidate.kernel > 1:
+            return better_order(candidate, target, inputs, outputs, damping=damping)
+        wanted = settings.conv_order == "pointwise_first" and candidate.kernel > 1
+        if wanted and not candidate.pointwise_first and candidate.reordered.max_rank > 0:
+            candidate = candidate.reordered
+        return candidate, layer_factors(
+            candidate, target, inputs, outputs, damping=damping, max_rank=candidate.max_rank
+        )
+
+    def stand_in(self, layer: LayerStatistics, factors: Factors, rank: int) -> LowRankModule:
+        """The low-rank layer of a rank, from components of the weight itself."""
+        candidate, settings = layer.candidate, self.settings
+        inputs = None if settings.metric == "euclidean" else layer.inputs.mean
+        best = best_factors(candidate, factors, rank, candidate.matrices(), inputs, damping=settings.damping)
+        return candidate.stand_in(*best)
 
     def owners(self, layers: Mapping[str, LayerStatistics]) -> dict[str, int]:
         """The process that decomposes each layer."""
@@ -216,9 +240,10 @@ class Workspace:
 
     def _sent(self, factors: Factors | None, candidate: Candidate, source: int) -> Factors:
         if factors is None:
+            rows, columns = candidate.sides
             shapes = (
-                (candidate.groups, candidate.rows, candidate.max_rank),
-                (candidate.groups, candidate.max_rank, candidate.columns),
+                (candidate.groups, rows, candidate.max_rank),
+                (candidate.groups, candidate.max_rank, columns),
                 (candidate.groups, candidate.full_rank),
             )
             factors = Factors(*(torch.zeros(shape, dtype=torch.float64, device=self.device) for shape in shapes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from lrf_lightning.modules import LowRankModule, SplitAttention
 from lrf_lightning.surgery.kinds import (
+    CONVOLUTIONS,
     Owner,
     attention_objection,
     is_quantized,
@@ -20,6 +22,7 @@ from lrf_lightning.surgery.kinds import (
     same_geometry,
     weight_owners,
 )
+from lrf_lightning.surgery.structure import factorized
 
 __all__ = ["Candidate", "Predicate", "Skipped", "find_layers"]
 
@@ -29,6 +32,9 @@ Predicate = Callable[[str, nn.Module], bool]
 @dataclass(frozen=True)
 class Candidate:
     """A layer that can be factorized.
+
+    A convolution can be factorized in two orders, see :mod:`lrf_lightning.modules.conv`; ``rows`` and ``columns`` are
+    those of the weight as the layer reads it, whatever the order.
 
     Attributes:
         name: qualified name of the module, the first one if it hangs in the tree several times.
@@ -40,6 +46,8 @@ class Candidate:
         twins: names of further modules that share the weight; they are factorized with it.
         transposed: those of the twins that read the weight transposed, as an output layer does with the table of an
             embedding.
+        kernel: entries of a convolution's kernel, 1 for other layers and transposed convolutions.
+        pointwise_first: whether channels are mixed before the kernel is applied.
     """
 
     name: str
@@ -50,11 +58,22 @@ class Candidate:
     columns: int
     twins: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
+    kernel: int = 1
+    pointwise_first: bool = False
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Output and input side of the matrix of one group that is factorized."""
+        return (
+            (self.rows * self.kernel, self.columns // self.kernel)
+            if self.pointwise_first
+            else (self.rows, self.columns)
+        )
 
     @property
     def full_rank(self) -> int:
-        """The smaller side of one group's matrix."""
-        return min(self.rows, self.columns)
+        """The smaller side of the matrix that is factorized."""
+        return min(self.sides)
 
     @property
     def dense_params(self) -> int:
@@ -63,12 +82,21 @@ class Candidate:
 
     def low_rank_params(self, rank: int) -> int:
         """Entries of both factors at a rank, without the bias."""
-        return self.groups * rank * (self.rows + self.columns)
+        return self.groups * rank * sum(self.sides)
 
     @property
     def max_rank(self) -> int:
         """The largest rank at which the factors hold fewer entries than the dense weight, 0 if there is none."""
-        return min((self.rows * self.columns - 1) // (self.rows + self.columns), self.full_rank)
+        return min((self.rows * self.columns - 1) // sum(self.sides), self.full_rank)
+
+    @property
+    def reordered(self) -> Candidate:
+        """The same layer with its factors in the other order."""
+        return replace(self, pointwise_first=not self.pointwise_first)
+
+    def stand_in(self, left: Tensor, right: Tensor) -> LowRankModule:
+        """The low-rank layer with these factors, shapes (groups, sides[0], rank) and (groups, rank, sides[1])."""
+        return factorized(self.module, left, right, pointwise_first=self.pointwise_first)
 
     def matrices(self) -> Tensor:
         """The detached weight as matrices, shape (groups, rows, columns), in the module's dtype."""
@@ -148,7 +176,7 @@ class _Choice:
         if _matches(site.types, self.exclude_types):
             return "its type is matched by exclude_types"
         if not self.frozen and weight is not None and not weight.requires_grad:
-            return "is frozen (frozen=False)"
+            return "is frozen (frozen=True factorizes it)"
         if self.predicate is not None and not self.predicate(site.name, site.module):
             return "refused by predicate"
         return None
@@ -162,7 +190,7 @@ def find_layers(
     types: tuple[str, ...] = (),
     exclude_types: tuple[str, ...] = (),
     predicate: Predicate | None = None,
-    frozen: bool = True,
+    frozen: bool = False,
     min_params: int = 0,
 ) -> tuple[list[Candidate], list[Skipped]]:
     """List the layers that can be factorized and those that cannot; the model is not changed.
@@ -313,4 +341,5 @@ def _candidate(site: _Site) -> Candidate:
     kind = low_rank_type(site.module)
     assert kind is not None
     groups, rows, columns = kind.matrices(site.module).shape
-    return Candidate(site.name, type(site.module).__name__, site.module, groups, rows, columns)
+    kernel = math.prod(site.module.kernel_size) if isinstance(site.module, CONVOLUTIONS) else 1
+    return Candidate(site.name, type(site.module).__name__, site.module, groups, rows, columns, kernel=kernel)

@@ -23,6 +23,7 @@ from lrf_lightning.modules import (
 )
 
 __all__ = [
+    "CONVOLUTIONS",
     "Owner",
     "attention_objection",
     "kind_objection",
@@ -42,6 +43,8 @@ LOW_RANK_OF: dict[type[nn.Module], type[LowRankModule]] = {
     nn.ConvTranspose3d: LowRankConvTranspose3d,
     nn.Embedding: LowRankEmbedding,
 }
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 Owner = tuple[str, str, nn.Module]  # name of the module, name of its parameter, the module
 

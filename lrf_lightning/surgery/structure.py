@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -19,8 +19,12 @@ def factorized(
     dense: nn.Module,
     left: Tensor,  # (groups, output side, rank)
     right: Tensor,  # (groups, rank, input side)
+    *,
+    pointwise_first: bool = False,
 ) -> LowRankModule:
     """A low-rank layer with these factors and the bias, dtype, device, mode and ``requires_grad`` of ``dense``.
+
+    ``pointwise_first`` is the order of the factors of a convolution, see :mod:`lrf_lightning.modules.conv`.
 
     Raises:
         ValueError: if a factor's shape does not fit, or the layer's kind is not supported.
@@ -28,7 +32,7 @@ def factorized(
     kind = low_rank_type(dense)
     if kind is None:
         raise ValueError(f"a {type(dense).__name__} cannot be factorized; {_supported()} can")
-    new = kind.like(dense, left.shape[-1])
+    new = kind.like(dense, left.shape[-1], pointwise_first=pointwise_first)
     new.set_factors(left, right)
     bias = dense._parameters.get("bias")
     new.set_bias(None if bias is None else bias.detach())
@@ -61,10 +65,16 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         rename_tied_keys(model)
 
 
-def set_structure(model: nn.Module, ranks: Mapping[str, int]) -> None:
+def set_structure(model: nn.Module, ranks: Mapping[str, int], pointwise_first: Collection[str] = ()) -> None:
     """Give the named layers uninitialised factors of the given ranks, and make all other low-rank layers dense.
 
-    Layers that already have the wanted rank are kept as they are. Meant to be followed by ``load_state_dict``.
+    Layers that already have the wanted rank and order are kept as they are. Meant to be followed by
+    ``load_state_dict``.
+
+    Args:
+        model: the model.
+        ranks: rank by name.
+        pointwise_first: names of the convolutions among them that mix channels first.
 
     Raises:
         ValueError: if a name is missing from the model, its layer is of an unsupported type, or a rank does not fit.
@@ -74,8 +84,9 @@ def set_structure(model: nn.Module, ranks: Mapping[str, int]) -> None:
         module = dict(model.named_modules(remove_duplicate=False)).get(name)
         if module is None:
             raise ValueError(f"the model has no module named {name!r}, which the rank map gives rank {rank}")
+        order = name in pointwise_first
         if isinstance(module, LowRankModule):
-            if module.rank == rank:
+            if (module.rank, module.pointwise_first) == (rank, order):
                 continue
             module = module.to_dense()
         kind = low_rank_type(module)
@@ -87,7 +98,7 @@ def set_structure(model: nn.Module, ranks: Mapping[str, int]) -> None:
         if reason and not _on_meta(module):  # a layer on the meta device is about to be loaded
             raise ValueError(f"module {name!r} cannot be given rank {rank}: {reason}")
         try:
-            new = kind.like(module, rank)
+            new = kind.like(module, rank, pointwise_first=order)
         except ValueError as error:
             raise ValueError(f"module {name!r}: {error}") from error
         _copy_flags(module, new)
@@ -222,7 +233,7 @@ def _tied(twin: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     if isinstance(new, LowRankModule):
         kind = low_rank_type(dense)
         assert kind is not None
-        made = kind.like(dense, new.rank)
+        made = kind.like(dense, new.rank, pointwise_first=new.pointwise_first)
         shared = ("left_factor", "right_factor")
     else:
         made, shared = dense, ("weight",)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lrf_lightning.solver.curves import component_derivatives, predict
+from lrf_lightning.solver.curves import component_derivatives, predict, tail_derivatives
 from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.statistics import RowSampler, collect_statistics
 from lrf_lightning.surgery import find_layers
@@ -68,7 +68,7 @@ def components(layer, metric):
 
 def predictions(model, batches, metric="fisher", loss=per_sample):
     factors, derivatives = solved(model, batches, metric, loss)
-    return {name: predict(*derivatives[name], factors[name].relative_tail()) for name in factors}
+    return {name: predict(tail_derivatives(*derivatives[name]), factors[name].relative_tail()) for name in factors}
 
 
 def as_matrices(weight, groups):

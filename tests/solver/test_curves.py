@@ -8,7 +8,7 @@ import torch
 from layer_curves import LAYERS, as_matrices, mean_loss, per_sample, predictions, problem, sample_gradients, solved
 from torch import nn
 
-from lrf_lightning.solver.curves import Prediction, predict, shrink
+from lrf_lightning.solver.curves import Prediction, predict, shrink, tail_derivatives
 
 METRICS = ["euclidean", "activation", "fisher"]
 
@@ -41,7 +41,7 @@ def test_component_derivatives_are_those_of_per_sample_gradients(name):
 def test_all_ranks_at_once_equal_the_loop_over_ranks(name, metric):
     model, batches = problem()
     factors, derivatives = solved(model, batches, metric)
-    prediction = predict(*derivatives[name], factors[name].relative_tail())
+    prediction = predict(tail_derivatives(*derivatives[name]), factors[name].relative_tail())
     gradients = sample_gradients(model, batches, name)
     for index, change in enumerate(truncations(model, factors[name], name)):
         directional = (gradients * change).flatten(1).sum(1)
@@ -117,7 +117,7 @@ def test_calls_add_up_and_missing_ones_count_as_zero(signs):
             loss = per_sample(model, (inputs[i : i + 1], target[i : i + 1])).sum()
             (gradient,) = torch.autograd.grad(loss, weight, allow_unused=True)
             directional.append(torch.zeros_like(weight) if gradient is None else gradient)
-    prediction = predict(*derivatives["layer"], factors["layer"].relative_tail())
+    prediction = predict(tail_derivatives(*derivatives["layer"]), factors["layer"].relative_tail())
     for index, change in enumerate(truncations(model, factors["layer"], "layer")):
         values = torch.stack([(gradient * change).sum() for gradient in directional])
         torch.testing.assert_close(prediction.first_order[index], values.mean())
@@ -141,7 +141,7 @@ def test_weights_of_any_size_in_float32(scale):
 
 
 def test_one_sample_has_no_standard_error():
-    prediction = predict(torch.tensor([[0.5, 0.2]]), torch.tensor([1.0]), torch.tensor([0.6, 0.3, 0.0]))
+    prediction = predict(torch.tensor([[-0.5, -0.3]]), torch.tensor([0.6, 0.3, 0.0]))
     torch.testing.assert_close(prediction.first_order, torch.tensor([-0.5, -0.3]))
     torch.testing.assert_close(prediction.perturbation, torch.tensor([0.6, 0.3]))
     assert prediction.standard_error.tolist() == [math.inf, math.inf]

@@ -234,7 +234,7 @@ def test_one_sample_in_a_split(split, objective):
 def test_a_batch_norm_and_a_frozen_layer_survive():
     model = nn.Sequential(nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, CLASSES)).train()
     model[0].weight.requires_grad_(False)
-    result = run(model)
+    result = run(model, frozen=True)
     assert model.training
     assert not model[0].weight.requires_grad
     torch.testing.assert_close(result.model[1].running_mean, model[1].running_mean)

@@ -1,6 +1,8 @@
 """Rows of every layer kind against per-sample gradients from autograd, in float64."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +40,24 @@ class Read:
     def gradients(self) -> Tensor:
         size = len(self.output) // self.samples
         return torch.stack([self.gradient(slice(n * size, (n + 1) * size)) for n in range(self.samples)])
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("name", CONVOLUTIONS[2])
+def test_components_that_mix_channels_first_are_the_derivatives_along_them(dims, name):
+    if name not in CONVOLUTIONS[dims]:
+        pytest.skip("a case of two dimensions")
+    case = CONVOLUTIONS[dims][name]
+    read = Read(case.dense().double(), case.inputs(torch.float64))
+    kernel = math.prod(read.layer.kernel_size)
+    candidate = replace(read.candidate, kernel=kernel, pointwise_first=True)
+    reader, (rows, columns) = row_reader(candidate), candidate.sides
+    left = torch.randn(candidate.groups, rows, 3, dtype=torch.float64)
+    right = torch.randn(candidate.groups, 3, columns, dtype=torch.float64)
+    got = reader.components(reader.project(read.x, right, BATCH), read.grad, left, BATCH)
+    gradients = read.gradients().reshape(BATCH, candidate.groups, -1, columns, kernel)  # (B, g, m, c, k)
+    by_entry = left.reshape(candidate.groups, -1, kernel, 3)
+    assert_close(got, torch.einsum("bgmca,gmar,grc->br", gradients, by_entry, right))
 
 
 @pytest.fixture(params=EVERY_CASE.values(), ids=EVERY_CASE)

@@ -1,0 +1,227 @@
+r"""The two orders in which a convolution can be factorized, and which one is better for a layer.
+
+The weight of one group is W of shape (m, c, k): outputs, input channels, entries of the kernel. *Kernel first*
+truncates the matrix (m, c k), the space of the outputs, in closed form in the metric of the patches' moment
+A (c k x c k) and of the output gradients' moment S (m x m). *Pointwise first* truncates the matrix (m k, c), the space
+of the input channels: W_a ~ H_a V for every entry a of the kernel. Behind a rectifier the channels are positive and
+strongly correlated, so that a few directions hold most of their energy; there this order is far better at equal size.
+
+For pointwise first the metric does not factor into the two sides of the matrix. V comes from the nearest one that does:
+the mean over the kernel's entries of the channels' moment, C, and S for every entry,
+
+    || (S^(1/2) x I) W C^(1/2) ||  truncated,  V = leading right vectors times C^(-1/2)
+
+and given V the kernels are the least-squares answer in the metric itself, with T = V x I:
+
+    H = W A T' (T A T')^(-1)
+
+whatever S is, since every output is a regression of its own. The error of that is known for all ranks from a single
+Cholesky decomposition of T A T', whose leading blocks belong to the smaller ranks.
+
+Letters as in :mod:`lrf_lightning.solver.rows`; moments
+are damped as in :mod:`lrf_lightning.solver.factorization`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lrf_lightning.solver.factorization import Factors, damped, factorize, relative_traces, roots
+from lrf_lightning.surgery import Candidate
+
+__all__ = ["best_factors", "better_order", "layer_factors"]
+
+SHARES = (0.5, 0.25)  # of the dense layer's parameters at which the orders are compared
+RIDGE = 1e-10  # keeps regressions on dead channels solvable
+SMALLEST_ERROR = 1e-12  # below it is rounding
+
+
+def layer_factors(
+    candidate: Candidate,
+    target: Tensor,  # (g, m, n)
+    input_moment: Tensor | None,  # (g, n, n) or (g, n)
+    output_moment: Tensor | None,  # (g, m, m) or (g, m)
+    *,
+    damping: float,
+    max_rank: int,
+) -> Factors:
+    """Nested components of a layer in the metric, shapes (g, sides[0], r) and (g, r, sides[1]).
+
+    Args:
+        candidate: the layer, with the order of its factors.
+        target: what is approximated, as the layer's weight.
+        input_moment: None for the identity.
+        output_moment: None for the identity.
+        damping: see :func:`~lrf_lightning.solver.factorization.factorize`.
+        max_rank: number of components.
+    """
+    if not candidate.pointwise_first:
+        return factorize(target, input_moment, output_moment, damping=damping, max_rank=max_rank)
+    kernel, target = candidate.kernel, target.double()
+    channels = None if input_moment is None else _channel_moment(input_moment, kernel)
+    weighted = target
+    if output_moment is not None:
+        root, _ = roots(damped(output_moment, damping))
+        root = root * relative_traces(output_moment)[..., None].sqrt()
+        weighted = root * target if output_moment.dim() == 2 else root @ target
+    found = factorize(_by_channels(weighted, kernel), channels, damping=damping, max_rank=max_rank)
+    # the rows are orthogonal in the channels' metric: every component's column is a regression by itself
+    plain, right = _by_channels(target, kernel), found.right
+    dual = right if channels is None else right @ damped(channels, damping)
+    energy = (dual * right).sum(-1)
+    dual = dual / torch.where(energy > 0, energy, 1.0)[..., None]
+    left = torch.where(energy[:, None, :] > 0, plain @ dual.transpose(1, 2), 0.0)
+    factors = Factors(left, right, found.singular_values)
+    if not _is_regressed(candidate, input_moment):
+        return factors
+    assert input_moment is not None
+    inputs = damped(input_moment, damping) * relative_traces(input_moment)[..., None]
+    outputs = None
+    if output_moment is not None and output_moment.dim() == 3:
+        outputs = damped(output_moment, damping) * relative_traces(output_moment)[..., None]
+    truncated, best = _errors(target, factors, inputs, outputs, kernel)
+    return replace(factors, best_errors=best, gains=(best / truncated).clamp_max(1.0))
+
+
+def best_factors(
+    candidate: Candidate,
+    factors: Factors,
+    rank: int,
+    target: Tensor,  # (g, m, n)
+    input_moment: Tensor | None,
+    *,
+    damping: float,
+) -> tuple[Tensor, Tensor]:
+    """The best factors of one rank; those of smaller ranks are not among them where the kernels are fitted anew.
+
+    Args:
+        candidate: the layer, with the order of its factors.
+        factors: at least as many components, see :func:`layer_factors`.
+        rank: the rank.
+        target: what is approximated.
+        input_moment: None for the identity.
+        damping: see :func:`~lrf_lightning.solver.factorization.factorize`.
+    """
+    if not _is_regressed(candidate, input_moment):
+        return factors.truncated(rank)
+    assert input_moment is not None
+    right = factors.right[:, :rank]
+    gram, explained = _normal_equations(target.double(), right, damped(input_moment, damping), candidate.kernel)
+    kernels = torch.linalg.solve(gram, explained, left=False)
+    groups, rows = kernels.shape[:2]
+    left = kernels.reshape(groups, rows, rank, -1).transpose(2, 3).reshape(groups, -1, rank)
+    return Factors(left, right, factors.singular_values).truncated(rank)
+
+
+def better_order(
+    candidate: Candidate,
+    target: Tensor,  # (g, m, n)
+    input_moment: Tensor | None,
+    output_moment: Tensor | None,
+    *,
+    damping: float,
+) -> tuple[Candidate, Factors]:
+    """The order that leaves the smaller error in the metric with as many parameters, and its components.
+
+    Compared are the mean logarithms of the errors at a half and a quarter of the dense layer's parameters.
+
+    Args:
+        candidate: the layer, in any order; layers without a kernel have only one.
+        target: its weight.
+        input_moment: None for the identity.
+        output_moment: None for the identity.
+        damping: see :func:`~lrf_lightning.solver.factorization.factorize`.
+    """
+    found = []
+    for order in (candidate, candidate.reordered) if candidate.reordered.max_rank > 0 else (candidate,):
+        factors = layer_factors(order, target, input_moment, output_moment, damping=damping, max_rank=order.max_rank)
+        errors = factors.relative_tail().square()
+        if factors.best_errors is not None:
+            errors = factors.best_errors
+        score = 0.0
+        for share in SHARES:
+            rank = min(int(share * order.dense_params / order.low_rank_params(1)), len(errors))
+            score += math.log(max(float(errors[rank - 1]), SMALLEST_ERROR)) if rank > 0 else 0.0
+        found.append((score, order, factors))
+    _, order, factors = min(found, key=lambda item: item[0])
+    return order, factors
+
+
+def _is_regressed(candidate: Candidate, input_moment: Tensor | None) -> bool:
+    """Whether there is a better choice of the kernels than the truncation."""
+    return candidate.pointwise_first and input_moment is not None and input_moment.dim() == 3
+
+
+def _errors(
+    target: Tensor,  # (g, m, n)
+    factors: Factors,
+    inputs: Tensor,  # (g, n, n), damped
+    outputs: Tensor | None,  # (g, m, m), damped
+    kernel: int,
+) -> tuple[Tensor, Tensor]:
+    """Relative squared errors in the metric at every rank, of the truncation and with the best kernels, each (r,)."""
+    gram, explained = _normal_equations(target, factors.right, inputs, kernel)
+    rank = factors.right.shape[1]
+    truncated = _by_outputs(factors.left, kernel)  # (g, m, r k)
+    weighted, weighted_truncated = explained, truncated
+    whole = target @ inputs @ target.transpose(1, 2)
+    if outputs is not None:
+        weighted, weighted_truncated, whole = (outputs @ product for product in (explained, truncated, whole))
+    everything = float(whole.diagonal(dim1=1, dim2=2).sum())
+    if everything <= 0:
+        return torch.zeros(rank, dtype=gram.dtype), torch.zeros(rank, dtype=gram.dtype)
+    # what the first r components explain, for all r: rows of the Cholesky factor's inverse are nested
+    lower, _ = torch.linalg.cholesky_ex(gram)
+    solved, solved_weighted = (
+        torch.linalg.solve_triangular(lower, product.transpose(1, 2), upper=False) for product in (explained, weighted)
+    )
+    best = (solved * solved_weighted).sum((0, 2)).reshape(rank, kernel).sum(1).cumsum(0)
+    cross = (weighted * truncated).sum((0, 1)).reshape(rank, kernel).sum(1).cumsum(0)
+    pairs = ((truncated.transpose(1, 2) @ weighted_truncated) * gram).sum(0)
+    pairs = pairs.reshape(rank, kernel, rank, kernel).sum((1, 3))
+    own = pairs.cumsum(0).cumsum(1).diagonal()
+    left_out = torch.stack([everything - 2 * cross + own, everything - best]) / everything
+    return tuple(left_out.clamp_min(SMALLEST_ERROR).cpu())
+
+
+def _normal_equations(
+    target: Tensor,  # (g, m, n)
+    right: Tensor,  # (g, r, c)
+    moment: Tensor,  # (g, n, n)
+    kernel: int,
+) -> tuple[Tensor, Tensor]:
+    """T A T', with a ridge for dead channels, shape (g, r k, r k), and W A T', shape (g, m, r k)."""
+    groups, rank, channels = right.shape
+    blocks = moment.reshape(groups, channels, kernel, channels, kernel)
+    mixed = torch.einsum("gri,giajb->grajb", right, blocks)  # T A
+    gram = torch.einsum("grajb,gsj->grasb", mixed, right).reshape(groups, rank * kernel, rank * kernel)
+    explained = target @ mixed.reshape(groups, rank * kernel, -1).transpose(1, 2)
+    # components differ by orders of magnitude: every one gets a share of its own energy
+    energy = gram.diagonal(dim1=1, dim2=2)
+    ridge = RIDGE * torch.where(energy > 0, energy, 1.0)
+    return gram + torch.diag_embed(ridge), explained
+
+
+def _by_channels(weight: Tensor, kernel: int) -> Tensor:
+    """(g, m, c k) as (g, m k, c)."""
+    groups, rows, _ = weight.shape
+    return weight.reshape(groups, rows, -1, kernel).transpose(2, 3).reshape(groups, rows * kernel, -1)
+
+
+def _by_outputs(left: Tensor, kernel: int) -> Tensor:
+    """(g, m k, r) as (g, m, r k)."""
+    groups, _, rank = left.shape
+    return left.reshape(groups, -1, kernel, rank).transpose(2, 3).reshape(groups, -1, rank * kernel)
+
+
+def _channel_moment(moment: Tensor, kernel: int) -> Tensor:
+    """The mean of a patch moment over the entries of the kernel, (g, c, c) from (g, n, n), or (g, c) from (g, n)."""
+    if moment.dim() == 2:
+        return moment.reshape(len(moment), -1, kernel).mean(-1)
+    channels = moment.shape[-1] // kernel
+    blocks = moment.reshape(len(moment), channels, kernel, channels, kernel)
+    return blocks.diagonal(dim1=2, dim2=4).mean(-1)

@@ -1,0 +1,195 @@
+"""The two orders of a convolution's factors against dense computations in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrf_lightning import StepOutput, compress, load_compressed
+from lrf_lightning.solver.conv_orders import best_factors, better_order, layer_factors
+from lrf_lightning.solver.factorization import damped
+from lrf_lightning.surgery import find_layers
+
+DAMPING = 1e-2
+
+
+def candidate(groups=1, channels_in=8, channels_out=6, kernel=(3, 2)):
+    layer = nn.Conv2d(channels_in * groups, channels_out * groups, kernel, groups=groups).double()
+    (found,), _ = find_layers(nn.ModuleDict({"layer": layer}))
+    return replace(found, pointwise_first=True)
+
+
+def moment(groups, size, seed=0, rows=None):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups, rows or 3 * size, size, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(groups, size, size, generator=generator, dtype=torch.float64)
+    return x.transpose(1, 2) @ x / x.shape[1]
+
+
+def product(candidate, left, right):
+    """The weight (g, m, c k) that factors stand for."""
+    groups, _, columns = candidate.groups, *candidate.sides
+    weight = (left @ right).reshape(groups, candidate.rows, candidate.kernel, columns)
+    return weight.transpose(2, 3).reshape(groups, candidate.rows, -1)
+
+
+def error(candidate, factors, inputs, outputs):
+    """Squared error of the weight in the damped metric, summed over the groups in the moments' own proportions."""
+    difference = candidate.matrices().double() - product(candidate, *factors)
+    traces = [m.diagonal(dim1=1, dim2=2).sum(1) for m in (inputs, outputs)]
+    share = (traces[0] * traces[1])[:, None, None]
+    a, s = damped(inputs, DAMPING), damped(outputs, DAMPING)
+    return float((share * (s @ difference @ a @ difference.transpose(1, 2))).diagonal(dim1=1, dim2=2).sum())
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_all_components_are_the_weight(groups):
+    layer = candidate(groups)
+    inputs, outputs = moment(groups, layer.columns), moment(groups, layer.rows, 1)
+    for moments in ((None, None), (inputs, None), (inputs, outputs)):
+        factors = layer_factors(layer, layer.matrices(), *moments, damping=DAMPING, max_rank=layer.full_rank)
+        assert_close(product(layer, factors.left, factors.right), layer.matrices())
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_without_moments_it_is_the_plain_singular_value_decomposition(groups):
+    layer = candidate(groups)
+    factors = layer_factors(layer, layer.matrices(), None, None, damping=DAMPING, max_rank=3)
+    by_channels = layer.matrices().reshape(groups, layer.rows, -1, layer.kernel).transpose(2, 3).flatten(1, 2)
+    left, values, right = torch.linalg.svd(by_channels, full_matrices=False)
+    assert_close(factors.left @ factors.right, left[..., :3] * values[:, None, :3] @ right[:, :3])
+    assert_close(factors.singular_values, values)
+    assert factors.gains is None
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_errors_of_all_ranks_are_those_of_every_rank_by_itself(groups):
+    layer = candidate(groups)
+    inputs, outputs = moment(groups, layer.columns), moment(groups, layer.rows, 1)
+    target = layer.matrices()
+    factors = layer_factors(layer, target, inputs, outputs, damping=DAMPING, max_rank=layer.full_rank)
+    everything = error(layer, (factors.left[..., :0], factors.right[:, :0]), inputs, outputs)
+    for rank in range(1, layer.full_rank):
+        best = error(layer, best_factors(layer, factors, rank, target, inputs, damping=DAMPING), inputs, outputs)
+        truncated = error(layer, factors.truncated(rank), inputs, outputs)
+        assert factors.best_errors[rank - 1] == pytest.approx(best / everything, rel=1e-6)
+        assert factors.gains[rank - 1] == pytest.approx(best / truncated, rel=1e-6)
+        assert best < truncated
+
+
+def test_kernels_are_the_least_squares_answer():
+    """Behind the channel mixtures that were found, no other kernels do better; the truth is a dense lstsq."""
+    layer = candidate()
+    inputs, outputs = moment(1, layer.columns), moment(1, layer.rows, 1)
+    target = layer.matrices()
+    factors = layer_factors(layer, target, inputs, outputs, damping=DAMPING, max_rank=4)
+    left, right = best_factors(layer, factors, 4, target, inputs, damping=DAMPING)
+    root = torch.linalg.cholesky(damped(inputs, DAMPING))[0]
+    mixing = torch.einsum("rc,ab->racb", right[0], torch.eye(layer.kernel, dtype=torch.float64)).reshape(
+        4 * layer.kernel, -1
+    )
+    kernels = torch.linalg.lstsq((mixing @ root).T, (target[0] @ root).T).solution.T
+    assert_close(product(layer, left, right)[0], kernels @ mixing)
+
+
+def test_inputs_that_lie_in_few_channels_are_kept_whole():
+    """Channels that are mixtures of three need rank 3, however full the rank of the weight is."""
+    layer = candidate(kernel=(3, 3))
+    torch.manual_seed(0)
+    images = torch.einsum("cs,nshw->nchw", torch.randn(8, 3), torch.randn(40, 3, 9, 9)).double()
+    rows = torch.nn.functional.unfold(images, 3).transpose(1, 2).flatten(0, 1)[None]
+    inputs = rows.transpose(1, 2) @ rows / rows.shape[1]
+    order, factors = better_order(
+        replace(layer, pointwise_first=False), layer.matrices(), inputs, moment(1, layer.rows), damping=1e-9
+    )
+    assert order.pointwise_first
+    assert float(factors.best_errors[2]) < 1e-6
+    left, right = best_factors(order, factors, 3, layer.matrices(), inputs, damping=1e-9)
+    new = order.stand_in(left, right)
+    assert (new.rank, new.pointwise_first) == (3, True)
+    assert_close(new(images), layer.module(images), rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_that_lie_in_few_directions_keep_the_kernel_first():
+    layer = candidate(kernel=(3, 3))
+    with torch.no_grad():
+        few = torch.randn(6, 2).double() @ torch.randn(2, 72).double()
+        layer.module.weight.copy_(few.reshape(layer.module.weight.shape))
+    order, _ = better_order(layer, layer.matrices(), moment(1, layer.columns), moment(1, layer.rows, 1), damping=1e-9)
+    assert not order.pointwise_first
+
+
+@pytest.mark.parametrize("damping", [0.0, DAMPING])
+def test_dead_channels_and_duplicates(damping):
+    layer = candidate()
+    inputs = moment(1, layer.columns)
+    inputs[:, : layer.kernel], inputs[:, :, : layer.kernel] = 0, 0  # the first channel is dead
+    zero = torch.zeros_like(inputs)
+    for moments in ((inputs, moment(1, layer.rows, 1, rows=2)), (zero, moment(1, layer.rows)), (inputs, None)):
+        factors = layer_factors(layer, layer.matrices(), *moments, damping=damping, max_rank=layer.max_rank)
+        left, right = best_factors(layer, factors, layer.max_rank, layer.matrices(), moments[0], damping=damping)
+        assert torch.isfinite(left).all()
+        assert torch.isfinite(right).all()
+        assert ((factors.gains >= 0) & (factors.gains <= 1)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_weights_of_any_size(scale):
+    layer = candidate()
+    inputs, outputs = moment(1, layer.columns), moment(1, layer.rows, 1)
+    plain = best_factors(
+        layer,
+        layer_factors(layer, layer.matrices(), inputs, outputs, damping=DAMPING, max_rank=3),
+        3,
+        layer.matrices(),
+        inputs,
+        damping=DAMPING,
+    )
+    target = layer.matrices() * scale
+    factors = layer_factors(layer, target, inputs, outputs, damping=DAMPING, max_rank=3)
+    scaled = best_factors(layer, factors, 3, target, inputs, damping=DAMPING)
+    assert_close(product(layer, *scaled) / scale, product(layer, *plain))
+
+
+def images(seed, samples=60):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 3, 8, 8, generator=generator)
+    return [(x[i : i + 20], x[i : i + 20].mean((1, 2, 3)).gt(0).long()) for i in range(0, samples, 20)]
+
+
+def per_sample(model, batch):
+    logits = model(batch[0])
+    losses = torch.nn.functional.cross_entropy(logits, batch[1], reduction="none")
+    return StepOutput(losses, (logits.argmax(1) == batch[1]).float())
+
+
+@pytest.mark.parametrize("order", ["kernel_first", "pointwise_first", "best"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_solves_with_every_order(order, groups, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3, stride=2, padding=1, groups=groups),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
+    found = compress(
+        model, per_sample, images(1), images(2), images(3), objective="budget", keep=0.4, conv_order=order, speed="none"
+    )
+    used = {layer.pointwise_first for layer in found.layers if layer.rank is not None and layer.kind == "Conv2d"}
+    if order != "best":
+        assert used == {order == "pointwise_first"}
+    x = images(4)[0][0]
+    with FlopCounterMode(display=False) as counter:
+        found.model(x)
+    assert found.flops_layers[1] == counter.get_total_flops() / 2 / len(x)
+    again = load_compressed(model, found.save(tmp_path / "small"))
+    assert torch.equal(again(x), found.model(x))
