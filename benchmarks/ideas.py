@@ -174,7 +174,9 @@ def divergence(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 SETTINGS: dict[str, dict[str, Any]] = {
     "as built": {},
     "without the compensation": {"compensation": False},
-    "without new batch-norm statistics": {"batch_norm": False},
+    "kernel first in all convolutions": {"conv_order": "kernel_first"},
+    "pointwise first in all convolutions": {"conv_order": "pointwise_first"},
+    "new batch-norm statistics where selection falls": {"batch_norm": True},
     "without the perturbation range": {"probes": False},
     "without the first-order term": {"first_order_errors": 1e6},
     "first-order term at face value": {"first_order_errors": 0.0},
@@ -226,9 +228,7 @@ def _compressed(seed: int, path: Path) -> Iterator[tuple[str, float, nn.Module, 
     dense = evaluate(model, loss, test, CPU)
     extra = batches(data["train"])[:12]
     for settings, group in itertools.groupby(missing, key=lambda item: item[0] if item[0] in SETTINGS else "as built"):
-        work, selection = calibrated(
-            model, loss, parts, settings=Settings(objective="budget", **({"batch_norm": True} | SETTINGS[settings]))
-        )
+        work, selection = calibrated(model, loss, parts, settings=Settings(objective="budget", **SETTINGS[settings]))
         # all moments stay, since the ideas build models of their own
         frontier = Frontier(work, selection)
         for name, keep in group:

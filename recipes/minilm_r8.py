@@ -52,7 +52,6 @@ class MiniLM(nn.Module):
 
         super().__init__()
         self.encoder = AutoModel.from_pretrained(_folder(), add_pooling_layer=False)
-        self.encoder.requires_grad_(False)
         self.head = nn.Linear(self.encoder.config.hidden_size, CLASSES)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ def loss(model, batch):
 
 def squeeze(model, *, splits=None, **options):
     calibration, selection, verification = splits or (loader(seed=1), loader(seed=2), loader(seed=3))
-    return compress(model, options.pop("loss", loss), calibration, selection, verification, frozen=True, **(QUICK | options))
+    return compress(
+        model, options.pop("loss", loss), calibration, selection, verification, frozen=True, **(QUICK | options)
+    )
 
 
 @pytest.fixture(scope="module")

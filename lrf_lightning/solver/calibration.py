@@ -7,7 +7,6 @@ moments and one for the curves, and a fixed number of probes; then its moments a
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +110,7 @@ class _Probing:
 
     @classmethod
     def of(cls, work: Workspace, size: int) -> _Probing:
-        count = work.processes.share(math.ceil(PROBE_SAMPLES / max(size, 1)))
+        count = work.processes.share(max(1, round(PROBE_SAMPLES / max(size, 1))))
         with work.processes.together("reading the calibration data"):
             batches = list(itertools.islice(work.calibration, count))
         return cls(batches, evaluate(work.model, work.loss, batches, work.device, processes=work.processes))

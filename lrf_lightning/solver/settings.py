@@ -63,7 +63,7 @@ class Settings:
         points: number of allocations that are measured for the frontier, at least 2.
         refinements: bisection steps that ``compact`` and ``lossless`` add between frontier points.
         speed: how both models are timed for the report, at the size of a verification batch and at one sample, each for
-            a few seconds: ``eager``, ``compile`` (with ``torch.compile`` as well, which takes its time) or ``none``.
+            a second or two: ``eager``, ``compile`` (with ``torch.compile`` as well, which takes its time) or ``none``.
         prediction: what the allocation trusts, ``loss`` (first-order change and curvature of the model's loss) or
             ``energy`` (the share of the weight's squared norm that is lost, as plain and whitened SVD do).
         probes: whether the perturbation range is found by measuring a few truncations, with ``prediction="loss"``.

@@ -37,11 +37,11 @@ from lrf_lightning.surgery import settle
 
 __all__ = ["measure_speed"]
 
-TIMING_SECONDS = 4.0  # for one runtime and batch size
-CALL_SECONDS = 0.5  # a batch that takes longer is cut
+TIMING_SECONDS = 0.4  # for one runtime and batch size
+CALL_SECONDS = 0.25  # a batch that takes longer is cut
 SHORTEST_SECONDS = 0.002  # calls are repeated until they take as long
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 31
-MOST_LAYERS = 12  # of those that are looked at where the model is not faster
+MOST_LAYERS = 6  # of those that are looked at where the model is not faster
 SLOWER = 1.02  # ratio of times from which a layer is called slower
 WEIGHTS_SHARE = 0.9  # of all weights that the part holds which is called instead of the whole
 
