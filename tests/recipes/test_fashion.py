@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from torch import nn
 
+import train as application
 from lrf_lightning import compress
 from recipes.fashion import FashionClassifier, FashionMNIST, ResNeXt, VisionTransformer, read_images
 
@@ -151,3 +152,36 @@ def test_networks_are_compressed(net):
     result = compress(net, loss, batches, batches, batches, objective="budget", keep=0.5, speed="none")
     assert result.params_layers[1] <= 0.5 * result.params_layers[0]
     assert result.model(images).shape == (40, 10)
+
+
+TINY = {
+    "fashion_resnext": ["model.net.widths=[16,16]", "model.net.depth=1", "model.net.groups=4"],
+    "fashion_vit": ["model.net.width=16", "model.net.depth=1", "model.net.heads=2"],
+}
+
+
+OBJECTIVES = ["lossless", "compact", "budget", "frontier", "paper"]
+CASES = [
+    # the second network takes the same way through the app
+    pytest.param(recipe, objective, marks=[pytest.mark.slow] if recipe == "fashion_vit" and position else [])
+    for recipe in TINY
+    for position, objective in enumerate(OBJECTIVES)
+]
+
+
+@pytest.mark.parametrize(("recipe", "objective"), CASES)
+def test_every_recipe_runs_with_every_objective(project, folder, recipe, objective):
+    """As `python train.py recipe=... +compress=...` does, on little data."""
+    sizes = ["data.calibration=20", "data.selection=20", "data.verification=30", "data.batch_size=25"]
+    few = ["trainer.max_epochs=1", "callbacks.compress.points=2", "callbacks.compress.refinements=0"]
+    overrides = [f"recipe={recipe}", f"+compress={objective}", f"data.folder={folder}", *sizes, *few, *TINY[recipe]]
+    quiet = ["logger=none", f"hydra.runtime.output_dir={folder}/outputs", f"paths.output_dir={folder}/outputs"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(project / "conf")):
+        cfg = compose("train.yaml", [*overrides, *quiet, "callbacks.compress.strict=true"])
+    metrics, objects = application.train(cfg)
+    result = objects["result"]
+    assert result.certificate.dense.samples == 30
+    assert result.params_model[1] <= result.params_model[0]
+    assert {"test/loss", "test/acc", "compress/test/loss", "compress/test/acc"} <= set(metrics)
+    if objective == "budget":
+        assert result.params_layers[1] <= 0.5 * result.params_layers[0]
