@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import train as application
 from benchmarks.quality import METHODS
-from benchmarks.recipe_report import write_report
+from benchmarks.recipe_report import SETTINGS, write_report
 from benchmarks.results import append_row, read_rows
 from lrf_lightning import CompressionResult
 from lrf_lightning.fingerprint import fingerprint
@@ -141,10 +141,10 @@ class Run:
     def _asked(self, method: str, done: Sequence[dict[str, str]]) -> list[str]:
         """The overrides that make one method of the callback."""
         if method in OURS:
-            budgets, settings = self.budgets, {}
+            budgets, settings = self.budgets, SETTINGS.get(self.recipe, {})
         else:
             sizes = {_kept(row) for row in done if row["method"] in ("lossless", "compact")}
-            budgets, settings = tuple(sorted({*self.budgets, *sizes} - {1.0}, reverse=True)), METHODS[method]
+            budgets, settings = (*self.budgets, *sorted(sizes - {1.0})), METHODS[method]
         asked = {"save": False, "objective": method if method in OURS else "frontier", **settings}
         asked |= {"budgets": f"[{','.join(f'{budget:.6g}' for budget in budgets)}]"} if budgets else {}
         asked |= {"speed": "none"} if method in BASELINES else {}
