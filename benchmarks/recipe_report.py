@@ -287,7 +287,7 @@ def _picture(every: dict[str, Rows]) -> Figure:
             fall = -factor * float(scored[0]["score_margin"])
             _panel(score, scored, lambda row, factor=factor: factor * float(row["score_change"]), fall)
         loss.set_title(name)
-        score.set_xlabel("parameters of the whole model kept, %")
+        score.set_xlabel("parameters of the model kept, %", fontsize=8)
         if column == 0:
             loss.set_ylabel("change of the loss")
         score.set_ylabel(f"{_score_name(rows)}, points" if factor > 1 else _score_name(rows))
