@@ -125,7 +125,17 @@ class EmbeddingRows(LinearRows):
     """Rows of ``nn.Embedding``: the inputs are one-hot, the columns of the matrix are the entries of the table."""
 
     def rows_per_sample(self, x: Tensor, batch: int) -> int:
-        """See :meth:`RowReader.rows_per_sample`."""
+        """See :meth:`RowReader.rows_per_sample`.
+
+        Raises:
+            UnreadableRowsError: if the entries 0, 1, 2, ... are looked up once for the whole batch.
+        """
+        shared = batch > 1 and x.numel() == x.shape[-1] and torch.equal(x.flatten(), torch.arange(x.numel()).to(x))
+        if shared:
+            raise UnreadableRowsError(
+                f"layer {self.candidate.name!r} looks up the entries 0 to {x.numel() - 1} once for all {batch} samples "
+                "of the batch, as embeddings of places do; its rows cannot be assigned to samples"
+            )
         return super().rows_per_sample(x[..., None], batch)
 
     def squared_inputs(self, x: Tensor, positions: Tensor | None, batch: int) -> tuple[Tensor, int]:

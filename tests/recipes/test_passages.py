@@ -118,6 +118,7 @@ def test_a_trained_model_is_compressed_with_its_tied_table(files, tmp_path, comp
     assert float(metrics["test/perplexity"]) == pytest.approx(float(metrics["test/loss"].exp()), rel=0.02)
     reasons = {layer.name: layer.reason for layer in result.layers}
     assert reasons["net.tokens"] == ""
+    assert "once for all" in reasons["net.places"]
     assert result.score_name == "accuracy"
     assert result.certificate.loss_change.pairs == 24, "a passage is a pair"
     ids = objects["datamodule"].splits["test"].tensors[0]

@@ -155,6 +155,18 @@ def test_rows_without_samples_are_refused(layer, shape, batch):
         Read(layer, torch.randn(shape)).reader.rows_per_sample(torch.randn(shape), batch)
 
 
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 4)])
+def test_places_that_all_samples_share_are_refused(shape):
+    layer = nn.Embedding(10, 6)
+    places = torch.arange(shape[-1]).reshape(shape)
+    read = Read(layer, places, samples=1)
+    with pytest.raises(UnreadableRowsError, match=r"looks up the entries 0 to \d once for all 4 samples"):
+        read.reader.rows_per_sample(places, 4)
+    assert read.reader.rows_per_sample(places, 1) == shape[-1], "a single sample has them for itself"
+    tokens = torch.randint(10, (4, 8))
+    assert read.reader.rows_per_sample(tokens, 4) == read.reader.rows_per_sample(tokens.flatten(), 4) == 8
+
+
 def test_lookups_are_counted_instead_of_squared():
     x = torch.tensor([[0, 2, 2], [4, 0, 2]])
     reader = Read(nn.Embedding(6, 4), x).reader
