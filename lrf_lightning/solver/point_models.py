@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrf_lightning import random_state
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.allocation import RanksKey, ranks_key
-from lrf_lightning.surgery import set_structure
+from lrf_lightning.surgery import prepare, set_structure
 
 if TYPE_CHECKING:
     from lrf_lightning.solver.result import LayerResult
@@ -35,7 +35,7 @@ class PointModels:
     """Compressed models by the ranks that an allocation gave them.
 
     Args:
-        dense: the original; it is not copied.
+        dense: the original, prepared; it is not copied.
     """
 
     def __init__(self, dense: nn.Module) -> None:
@@ -65,9 +65,14 @@ class PointModels:
         model = copy.deepcopy(self.dense)
         with random_state.preserved():  # new layers draw weights first
             set_structure(model, kept.ranks, kept.pointwise_first)
+            prepare(model)  # attention whose projections are all dense was put back, but is split in what was kept
         state = {**self.dense.state_dict(), **kept.changed}
-        # low-rank layers are made anew, with a bias that holds nothing yet
-        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        # low-rank layers are made anew, with a bias that holds nothing yet; load_state_dict could run a hook of the
+        # callback, which puts attention without low-rank layers back
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if isinstance(value, Tensor):
+                    value.copy_(state[name])
         return model
 
     def layers(self, allocation: Mapping[str, int]) -> list[LayerResult]:

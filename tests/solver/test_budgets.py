@@ -1,14 +1,17 @@
 """Many budgets from one calibration against separate solves."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from small_modules import QUICK, clouds, loader, network
+from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import StepOutput, compress, load_compressed
 from lrf_lightning.solver.workspace import Workspace
+from lrf_lightning.structure_hook import register_structure_hook
 
 BUDGETS = (0.6, 0.5, 0.3, 0.25)
 
@@ -134,3 +137,21 @@ def test_points_that_are_not_there(trained, result):
 def test_budgets_with_the_same_ranks_are_one_point(trained):
     found = squeeze(trained, budgets=(0.301, 0.3))
     assert [point.budget for point in found.frontier] == [0.3]
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_attention_may_stay_dense_at_a_budget(follows):
+    layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Unflatten(1, (1, 12)), encoder, nn.Flatten(), nn.Linear(12, 24), nn.Linear(24, 4)).eval()
+    if follows:
+        register_structure_hook(model)  # as the callback does
+    result = squeeze(model, include=("3",), budgets=(0.6,))
+    point = result.at(0.6)
+    assert list(point.ranks) == ["3"]
+    x, _ = clouds()
+    expected = copy.deepcopy(model)
+    expected[3] = point.model[3]
+    with torch.no_grad():
+        torch.testing.assert_close(point.model.eval()(x), expected(x))
+    assert type(point.model[1].layers[0].self_attn) is nn.MultiheadAttention
