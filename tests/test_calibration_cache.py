@@ -104,7 +104,7 @@ def test_all_kinds_of_layers(tmp_path, calls, memory):
     first, second = (compress(net, token_loss, *batches, **options) for _ in range(2))
     assert len(calls) == 1
     same(first, second)
-    assert {layer.name: layer.reason for layer in second.layers}["unused"] == "did not run on the calibration data"
+    assert {layer.name: layer.reason for layer in second.layers}["unused"].startswith("did not run on the")
 
 
 def test_anything_that_decides_it_makes_another_one(model, tmp_path, calls):

@@ -424,3 +424,30 @@ class TestStructure:
         other = nn.ModuleDict({"layer": type("Conv1D", (nn.Module,), {})()})
         other["layer"].weight = nn.Parameter(torch.ones(8, 6))
         assert reasons(other) == {"layer": "Conv1D is not supported"}
+
+    @pytest.mark.parametrize(
+        "name", ["timm.layers.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"]
+    )
+    def test_linear_layers_of_other_libraries(self, name):
+        place, _, cls = name.rpartition(".")
+        dense = getattr(pytest.importorskip(place), cls)(8, 6)
+        model = nn.ModuleDict({"layer": dense})
+        assert names(model) == ["layer"]
+        low = LowRankLinear.like(dense, 6)
+        left, right = torch.linalg.qr(dense.weight.detach())
+        low.set_factors(left[None], right[None])
+        low.set_bias(dense.bias.detach())
+        x = torch.randn(3, 8)
+        assert_close(low(x), dense(x))
+
+    def test_other_subclasses_of_the_same_name_are_told_apart(self):
+        model = nn.ModuleDict({"layer": type("Linear", (nn.Linear,), {"__module__": "elsewhere"})(8, 8)})
+        assert reasons(model) == {"layer": "elsewhere.Linear is not supported"}
+
+    def test_plain_parameters_are_listed_where_they_could_be_layers(self):
+        model = nn.ModuleDict({"experts": nn.Module(), "norm": nn.Module()})
+        model["experts"].gate_up_proj = nn.Parameter(torch.ones(2, 8, 16))
+        model["experts"].down_proj = nn.Parameter(torch.ones(2, 8, 8))
+        model["norm"].weight = nn.Parameter(torch.ones(1, 1, 8))
+        shown = "holds plain parameters (gate_up_proj, down_proj) instead of layers, which is not supported"
+        assert reasons(model) == {"experts": shown}

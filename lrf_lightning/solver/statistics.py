@@ -475,7 +475,7 @@ def _merge(
 
 def _problem(layer: LayerStatistics) -> str:
     if layer.order < 0 or layer.inputs.rows == 0:
-        return "did not run on the calibration data"
+        return "did not run on the calibration data, or another module reads its weight directly"
     if layer.gradients.rows == 0:
         return "no gradient of the loss reaches it"
     if not torch.isfinite(layer.inputs.mean).all() or not torch.isfinite(layer.gradients.mean).all():

@@ -14,7 +14,7 @@ Two kinds of layers are not where they seem to be:
 """
 
 from lrf_lightning.surgery.candidates import Candidate, Skipped, find_layers
-from lrf_lightning.surgery.kinds import low_rank_type
+from lrf_lightning.surgery.kinds import is_matrix, low_rank_type
 from lrf_lightning.surgery.structure import (
     factorized,
     prepare,
@@ -29,6 +29,7 @@ __all__ = [
     "Skipped",
     "factorized",
     "find_layers",
+    "is_matrix",
     "low_rank_type",
     "prepare",
     "replace_module",

@@ -15,6 +15,7 @@ from lrf_lightning.surgery.kinds import (
     CONVOLUTIONS,
     Owner,
     attention_objection,
+    is_matrix,
     is_quantized,
     kind_objection,
     low_rank_type,
@@ -261,10 +262,9 @@ def _has_weight_matrix(module: nn.Module) -> bool:
         return True
     if parametrize.is_parametrized(module, "weight"):
         return True
-    return any(
-        "weight" in name and parameter is not None and (nn.parameter.is_lazy(parameter) or parameter.dim() >= 2)
-        for name, parameter in module._parameters.items()
-    )
+    if isinstance(module, parametrize.ParametrizationList):  # part of the layer that it belongs to
+        return False
+    return any(is_matrix(parameter) for parameter in module._parameters.values())
 
 
 def _matches(values: Iterable[str], patterns: Iterable[str]) -> bool:

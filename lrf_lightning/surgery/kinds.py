@@ -26,6 +26,8 @@ __all__ = [
     "CONVOLUTIONS",
     "Owner",
     "attention_objection",
+    "is_matrix",
+    "is_quantized",
     "kind_objection",
     "low_rank_type",
     "reads_transposed",
@@ -45,6 +47,9 @@ LOW_RANK_OF: dict[type[nn.Module], type[LowRankModule]] = {
 }
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# of other libraries, with the forward of torch's linear layer in other words; by name, so that they are not imported
+LINEAR = frozenset({"timm.layers.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"})
+TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
 
 Owner = tuple[str, str, nn.Module]  # name of the module, name of its parameter, the module
 
@@ -52,9 +57,10 @@ Owner = tuple[str, str, nn.Module]  # name of the module, name of its parameter,
 def low_rank_type(module: nn.Module) -> type[LowRankModule] | None:
     """The class that stands in for a dense module, None if there is none; subclasses have none."""
     kind = type(module)
-    if kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers":
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name == TRANSPOSED_LINEAR:
         return LowRankTransposedLinear
-    return LOW_RANK_OF.get(kind)
+    return LowRankLinear if name in LINEAR else LOW_RANK_OF.get(kind)
 
 
 def kind_objection(module: nn.Module) -> str | None:
@@ -67,10 +73,29 @@ def kind_objection(module: nn.Module) -> str | None:
         return "is quantized"
     kind = low_rank_type(module)
     if kind is None:
-        return f"{type(module).__name__} is not supported"
+        return _unsupported(module)
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (weight norm, spectral norm or pruning)"
     return weight_objection(module._parameters["weight"]) or kind.objection(module)
+
+
+def _unsupported(module: nn.Module) -> str:
+    """Names the class, in full where a layer of torch has the same name, or the parameters of what is no layer."""
+    kind = type(module)
+    plain = [name for name, parameter in module._parameters.items() if is_matrix(parameter)]
+    if plain and not any("weight" in name for name in plain):
+        shown = ", ".join(plain[:4]) + (f" and {len(plain) - 4} more" if len(plain) > 4 else "")
+        return f"holds plain parameters ({shown}) instead of layers, which is not supported"
+    torch_names = {known.__name__ for known in LOW_RANK_OF}
+    name = f"{kind.__module__}.{kind.__qualname__}" if kind.__name__ in torch_names else kind.__name__
+    return f"{name} is not supported"
+
+
+def is_matrix(parameter: Tensor | None) -> bool:
+    """Whether a parameter has a size above 1 in two dimensions at least, or might have: lazy ones have no size yet."""
+    if parameter is None:
+        return False
+    return isinstance(parameter, UninitializedParameter) or sum(size > 1 for size in parameter.shape) >= 2
 
 
 def weight_objection(weight: Tensor | None) -> str | None:
