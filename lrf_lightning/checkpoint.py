@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lrf_lightning import safe_files
 from lrf_lightning.compression_record import CheckpointError, describe, to_json
 from lrf_lightning.lightning_checkpoint import is_lightning_checkpoint, lightning_checkpoint, parse_checkpoint
+from lrf_lightning.module_versions import with_versions
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.solver.result import Solution
@@ -116,7 +117,7 @@ def load_compressed(model: nn.Module | Callable[[], nn.Module], path: AnyPath) -
     _check_entries(new, state, file)
     _take_dtypes(new, state)
     try:
-        new.load_state_dict(state)
+        new.load_state_dict(with_versions(state, new))
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not fit {type(new).__name__}: {error}") from error
     return new

@@ -19,6 +19,7 @@ from torch import nn
 
 from lrf_lightning import random_state, safe_files
 from lrf_lightning.lightning_checkpoint import LOAD_ERRORS
+from lrf_lightning.module_versions import without_prefix
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.structure_hook import follow_structure
 
@@ -44,7 +45,7 @@ def with_weights(model: nn.Module, weights: Weights) -> nn.Module:
     state = inner if isinstance(inner, Mapping) else state
     prefix = _prefix(model, state, source)
     new = copy.deepcopy(model)
-    own = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    own = without_prefix(state, prefix)
     try:
         with random_state.preserved():  # layers draw weights when they are made
             follow_structure(new, own)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrf_lightning import safe_files
 from lrf_lightning.compression_record import CheckpointError, check_record, describe, to_json
@@ -128,7 +128,7 @@ def _check_hash(state: Mapping[str, Any], record: Mapping[str, Any], source: str
 
 def _assemble(trainer: Trainer, pl_module: LightningModule, result: Solution) -> dict[str, Any]:
     weights = result.model.state_dict()
-    with _state_dict_replaced(trainer.strategy, weights):
+    with _state_dict_replaced(trainer.strategy, result.model):
         checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
     if sorted(ranks_in(checkpoint["state_dict"]).values()) != sorted(ranks_in(weights).values()):
         # the module's on_save_checkpoint has put other weights in
@@ -157,9 +157,9 @@ def _assemble(trainer: Trainer, pl_module: LightningModule, result: Solution) ->
 
 
 @contextmanager
-def _state_dict_replaced(strategy: Any, weights: dict[str, Any]) -> Iterator[None]:
+def _state_dict_replaced(strategy: Any, model: nn.Module) -> Iterator[None]:
     """Let Lightning dump these weights, so that the module's ``on_save_checkpoint`` sees the compressed ones."""
-    strategy.lightning_module_state_dict = lambda: dict(weights)
+    strategy.lightning_module_state_dict = model.state_dict
     try:
         yield
     finally:
