@@ -29,11 +29,18 @@ __all__ = [
     "checked_formats",
 ]
 
-SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 REMEDY = (
-    "Train without the callback, then run the trainer's fit once more on one process with the callback, "
-    "ckpt_path= the consolidated checkpoint and max_epochs reached, or call lrf_lightning.compress on the loaded model"
+    "Train without the callback and compress the checkpoint afterwards on one process or with DDP: "
+    "python train.py train=false ckpt_path=CHECKPOINT +compress=..., or lrf_lightning.compress(model, ..., "
+    "weights=CHECKPOINT)"
 )
+# how a folder of shards becomes one file
+CONSOLIDATE: dict[type[Any], str] = {
+    FSDPStrategy: "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER",
+    ModelParallelStrategy: "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER",
+    DeepSpeedStrategy: "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(FOLDER, FILE)",
+}
+SHARDED = tuple(CONSOLIDATE)
 
 
 def check_arguments(*, loss: Any, score: Any, weights: Any, dirpath: Any, loaders: dict[str, Any]) -> None:
@@ -95,11 +102,12 @@ def check_processes(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: for sharded strategies, and for several processes without DDP.
     """
-    if isinstance(trainer.strategy, SHARDED):
-        raise MisconfigurationException(
-            f"LowRankCompression does not support {type(trainer.strategy).__name__}, whose weights are spread over "
-            f"devices. {REMEDY}"
-        )
+    for sharded, consolidate in CONSOLIDATE.items():
+        if isinstance(trainer.strategy, sharded):
+            raise MisconfigurationException(
+                f"LowRankCompression does not support {type(trainer.strategy).__name__}, whose weights are spread over "
+                f"devices. {REMEDY}. A checkpoint in shards first becomes one file: {consolidate}"
+            )
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
         raise MisconfigurationException(
             f"LowRankCompression does not support {type(trainer.strategy).__name__} with several processes "

@@ -1,13 +1,23 @@
+import importlib
+import importlib.util
 import os
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import FSDPStrategy
-from small_modules import Classifier
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+from small_modules import Classifier, loader, trainer
 from torch import nn
 
+from lrf_lightning import LowRankCompression
 from lrf_lightning.callbacks import checks
 from lrf_lightning.solver.settings import Settings
 
@@ -16,10 +26,38 @@ class TestProcesses:
     def test_one_process_is_fine(self):
         checks.check_processes(SimpleNamespace(strategy=object(), world_size=1))
 
-    def test_sharded_strategies_are_refused(self):
-        strategy = FSDPStrategy.__new__(FSDPStrategy)
-        with pytest.raises(MisconfigurationException, match=r"does not support FSDPStrategy.*without the callback"):
-            checks.check_processes(SimpleNamespace(strategy=strategy, world_size=1))
+    # FSDP and DeepSpeed cannot be made without a GPU
+    @pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+    def test_sharded_strategies_are_refused_in_setup_with_the_remedy(self, kind):
+        fake = SimpleNamespace(strategy=kind.__new__(kind), world_size=1)
+        message = rf"does not support {kind.__name__}.*train=false ckpt_path=.*weights=.*one file: .*FOLDER"
+        with pytest.raises(MisconfigurationException, match=message):
+            LowRankCompression().setup(fake, Classifier(), TrainerFn.FITTING)
+
+    def test_what_the_remedy_names_is_there(self):
+        assert importlib.util.find_spec("lightning.pytorch.utilities.consolidate_checkpoint")
+        module = importlib.import_module("lightning.pytorch.utilities.deepspeed")
+        assert callable(module.convert_zero_checkpoint_to_fp32_state_dict)
+
+    def test_a_model_that_is_spread_over_devices_is_refused_before_it_is_trained(self):
+        module = Classifier()
+        module.configure_model = lambda: None
+        steps = []
+        module.on_train_start = lambda: steps.append(0)
+        run = trainer(callbacks=[LowRankCompression()], strategy=ModelParallelStrategy(1, 1), devices=1)
+        message = r"does not support ModelParallelStrategy"
+        try:
+            with mock.patch.dict(os.environ), pytest.raises(MisconfigurationException, match=message):
+                run.fit(module, loader(), loader(seed=1))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        assert steps == []
+
+    def test_several_processes_without_ddp(self):
+        fake = SimpleNamespace(strategy=SingleDeviceStrategy(), world_size=2)
+        with pytest.raises(MisconfigurationException, match=r"SingleDeviceStrategy.*world_size=2.*train=false"):
+            checks.check_processes(fake)
 
 
 class TestFolder:
@@ -80,5 +118,5 @@ def test_best_weights_need_checkpoints():
 
 
 def test_arguments_of_every_allowed_kind():
-    for loader in ("val_dataloader", [torch.ones(2)], iter([]), None):
-        checks.check_arguments(loss=len, score="val/acc", weights="best", dirpath="x", loaders={"selection": loader})
+    for given in ("val_dataloader", [torch.ones(2)], iter([]), None):
+        checks.check_arguments(loss=len, score="val/acc", weights="best", dirpath="x", loaders={"selection": given})
