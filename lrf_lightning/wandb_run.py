@@ -29,7 +29,7 @@ config ``compress``                         the settings
 
 Aliases of the artifact are explained in :mod:`lrf_lightning.wandb_artifacts`. An unchanged model gives none.
 
-Under strategies that fork, W&B loses what a process did not finish: call ``wandb.finish()`` at the end of the worker.
+Under strategies that fork, the process finishes its run when it ends; see :mod:`lrf_lightning.wandb_fork`.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from lrf_lightning.solver.forecast import Forecast, forecast
 from lrf_lightning.solver.spectra import Spectrum, spectrum
 from lrf_lightning.step_loss import StepLoss
 from lrf_lightning.surgery import find_layers
+from lrf_lightning.wandb_fork import finish_before_exit
 
 __all__ = ["RankMonitor"]
 
@@ -115,6 +116,7 @@ class RankMonitor(Callback):
         Raises:
             MisconfigurationException: if a pattern matches no module.
         """
+        finish_before_exit(trainer)
         try:
             find_layers(pl_module, include=self.include, exclude=self.exclude)
         except ValueError as error:
