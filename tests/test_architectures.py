@@ -5,6 +5,8 @@ import pytest
 from benchmarks.architecture_cases import CASES
 from benchmarks.architectures import check
 
+pytestmark = pytest.mark.timeout(600)  # most of it is for the import of the libraries
+
 
 def _parameter(case):
     marks = () if case.fast else (pytest.mark.slow,)

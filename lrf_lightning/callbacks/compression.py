@@ -6,10 +6,10 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from lrf_lightning import safe_files
 from lrf_lightning.api import compress
 from lrf_lightning.batches import dealt
 from lrf_lightning.callbacks import checks
+from lrf_lightning.callbacks.attempts import Attempts
 from lrf_lightning.callbacks.best_weights import load_best_weights
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.checkpoint import lightning_checkpoint, register_structure_hook, save_compressed
@@ -53,6 +54,7 @@ from lrf_lightning.solver.settings import (
 )
 from lrf_lightning.step_loss import Score, StepLoss
 from lrf_lightning.tracking import log_solution
+from lrf_lightning.wandb_fork import finish_before_exit
 
 if TYPE_CHECKING:
     from lrf_lightning.api import CompressionResult
@@ -228,6 +230,7 @@ class LowRankCompression(Callback):
         if stage != TrainerFn.FITTING:
             return
         self.result = None
+        finish_before_exit(trainer)
         checks.check_processes(trainer)
         checks.check_layers(pl_module, self.settings)
         if self.weights == "best":
@@ -277,10 +280,13 @@ class LowRankCompression(Callback):
             return
         trainer.callback_metrics["compress/failed"] = torch.tensor(0.0)
         target = self._directory(trainer) if self._keeps_files(trainer) else None  # asks all processes
-        with nullcontext(target) if isinstance(target, Path) else TemporaryDirectory() as directory:
-            self._publish(trainer, pl_module, self.result, images, sample, Path(directory))
+        attempts = Attempts(strict=self.strict)
+        with ExitStack() as stack:
+            directory = target if isinstance(target, Path) else _temporary_folder(trainer, attempts, stack)
+            self._publish(trainer, pl_module, self.result, images, sample, directory, attempts)
             if isinstance(target, str) and trainer.is_global_zero:
-                self._attempt(f"copy the files to {target}", lambda: safe_files.upload(Path(directory), target))
+                attempts.run(f"copy the files to {target}", lambda: safe_files.upload(directory, target))
+        attempts.settle(current_processes(trainer.strategy.root_device))
 
     def compress_now(self, trainer: Trainer, pl_module: LightningModule) -> CompressionResult:
         """Compress a module that is trained already, without a fit.
@@ -361,28 +367,32 @@ class LowRankCompression(Callback):
         images: dict[int, Tensor],
         sample: Sample | None,
         directory: Path,
+        attempts: Attempts,
     ) -> None:
         """Report, save and log, each on its own, so that one failure does not cost the others."""
         device = trainer.strategy.root_device
         if self.in_place:
-            self._attempt(
-                "replace the layers of the live module", lambda: self._replace_layers(pl_module, result, device)
+            attempts.run(
+                "replace the layers of the live module",
+                lambda: self._replace_layers(pl_module, result, device),
+                together=True,
             )
         if trainer.is_global_zero:
-            self._attempt("print the report", lambda: print_report(result))
+            attempts.run("print the report", lambda: print_report(result))
         if self.save and trainer.is_global_zero:
-            self._attempt("write the compressed model", lambda: save_compressed(result, directory))
+            attempts.run("write the compressed model", lambda: save_compressed(result, directory))
             if self.save_points and result.point_models is not None:
-                self._attempt("write the models of all budgets", lambda: _save_points(result, directory / "points"))
+                attempts.run("write the models of all budgets", lambda: _save_points(result, directory / "points"))
         if self.save:
-            self._attempt(
+            attempts.run(
                 "write the Lightning checkpoint",
                 lambda: lightning_checkpoint(trainer, pl_module, result, directory / "compressed.ckpt"),
+                together=True,
             )
         exports: list[ExportedFile] = []
         for name in self.export if trainer.is_global_zero else ():
-            self._attempt(f"export {name}", lambda: exports.append(_export(name, result, sample, directory)))  # noqa: B023 (called at once)
-        self._attempt(
+            attempts.run(f"export {name}", lambda: exports.append(_export(name, result, sample, directory)))  # noqa: B023 (called at once)
+        attempts.run(
             "log the results",
             lambda: log_solution(
                 trainer,
@@ -394,18 +404,6 @@ class LowRankCompression(Callback):
                 weights=self.weights,
             ),
         )
-
-    def _attempt(self, what: str, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except (Exception, KeyboardInterrupt) as error:
-            if self.strict:
-                raise
-            logger.error("Could not %s", what, exc_info=error)
-            rank_zero_warn(
-                f"LowRankCompression could not {what} ({type(error).__name__}: {error}); "
-                "the compressed model is kept in the callback's attribute result"
-            )
 
     def _report_failure(self, trainer: Trainer, error: BaseException) -> None:
         logger.error("Compression failed", exc_info=error)
@@ -420,6 +418,14 @@ class LowRankCompression(Callback):
     def _directory(self, trainer: Trainer) -> Path | str:
         """A URL is a string."""
         return self.dirpath or safe_files.path_or_url(safe_files.join(run_folder(trainer), "compressed"))
+
+
+def _temporary_folder(trainer: Trainer, attempts: Attempts, stack: ExitStack) -> Path:
+    """A folder that vanishes with the stack, on the process that writes; the others get a name alone."""
+    made: list[str] = []
+    if trainer.is_global_zero:
+        attempts.run("create a temporary folder", lambda: made.append(stack.enter_context(TemporaryDirectory())))
+    return Path(made[0]) if made else Path(gettempdir()) / "lrf_lightning"
 
 
 def _export(name: str, result: CompressionResult, sample: Sample | None, directory: Path) -> ExportedFile:

@@ -1,14 +1,18 @@
+import errno
 import os
+import re
+import tempfile
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 from small_modules import QUICK, Classifier, loader, trainer
 from wandb_records import items, records
 
-from lrf_lightning import LowRankCompression, RankMonitor, load_compressed, tracking
+from lrf_lightning import LowRankCompression, RankMonitor, load_compressed, safe_files, tracking
+from lrf_lightning.callbacks import attempts
 
 
 @pytest.fixture(autouse=True)
@@ -131,22 +135,100 @@ def fit_failing(folder, callback, ends, module):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-class Finish(pl.Callback):
-    """What W&B asks of users of strategies that fork."""
+class Full(pl.Callback):
+    """Runs the callback with no room on the disk of some processes, and notes what every process said or raised."""
 
-    def teardown(self, trainer, pl_module, stage):
-        if trainer.is_global_zero:
-            wandb.finish()
-            wandb.teardown()
+    def __init__(self, folder, callback, *full):
+        self.folder, self.callback, self.full = folder, callback, full
+
+    def setup(self, trainer, pl_module, stage):
+        self.callback.setup(trainer, pl_module, stage)
+
+    def on_fit_end(self, trainer, pl_module):
+        said = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attempts, "rank_zero_warn", said.append)
+            if trainer.global_rank in self.full:
+                for where, name in ((safe_files, "write_bytes"), (tempfile, "mkdtemp"), (Path, "mkdir")):
+                    patch.setattr(where, name, self.fail)
+            try:
+                self.callback.on_fit_end(trainer, pl_module)
+            except Exception as error:
+                said.append(f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                with open(self.folder / f"said{trainer.global_rank}", "w") as file:
+                    file.write("\n".join(said))
+                torch.distributed.barrier()  # the first process that ends with an error has the others ended
+
+    def fail(self, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_only_the_first_process_has_a_run_of_wandb(tmp_path):
+def fit_with_full_disk(folder, callback, *full):
+    """Whether the fit raised, and what every process said."""
+    saving = pl.callbacks.ModelCheckpoint(folder, filename="trained")
+    run = trainer(
+        callbacks=[saving, Full(folder, callback, *full)],
+        max_epochs=1,
+        strategy="ddp_fork",
+        devices=2,
+        enable_checkpointing=True,
+    )
+    try:
+        run.fit(Classifier(), loader(), loader(seed=1))
+        raised = False
+    except Exception:
+        raised = True
+    assert list(folder.glob("trained.ckpt"))
+    return raised, [(folder / f"said{rank}").read_text() for rank in range(2)]
+
+
+def test_a_full_disk_costs_the_files_alone(tmp_path):
+    raised, (first, _) = fit_with_full_disk(tmp_path, compression(tmp_path / "compressed"), 0)
+    assert not raised
+    for what in ("write the compressed model", "write the Lightning checkpoint"):
+        assert re.search(
+            f"could not {what} .*No space left on device.* on process 0; the compressed model is kept", first
+        )
+    assert not (tmp_path / "compressed" / "compressed.ckpt").exists()
+
+
+def test_a_full_disk_ends_all_processes_with_the_cause_if_strict(tmp_path):
+    raised, (first, second) = fit_with_full_disk(tmp_path, compression(tmp_path / "compressed", strict=True), 0)
+    assert raised
+    assert re.search(r"^OSError: .*No space left on device", first)
+    assert re.search(r"^PeerError: .*write the compressed model .*No space left on device.* on process 0", second)
+
+
+@pytest.mark.parametrize("target", ["compressed", "memory://bucket/compressed"])
+def test_only_the_first_process_needs_room_on_its_disk(tmp_path, target):
+    target = target if "://" in target else tmp_path / target
+    raised, said = fit_with_full_disk(tmp_path, compression(target, strict=True), 1)
+    assert not raised
+    assert said == ["", ""]
+
+
+def test_a_run_of_wandb_that_failed_is_finished_as_such(tmp_path):
+    class Stops(Classifier):
+        def on_train_epoch_end(self):
+            raise RuntimeError("stop")
+
+    sink = WandbLogger(save_dir=tmp_path / "logs", offline=True, project="failed")
+    run = trainer(callbacks=[LowRankCompression()], logger=sink, strategy="ddp_notebook", devices=1)
+    with pytest.raises(Exception, match="stop"):
+        run.fit(Stops(), loader(), loader(seed=1))
+    (path,) = (tmp_path / "logs").rglob("*.wandb")
+    assert [record.exit.exit_code for record in records(path) if record.HasField("exit")] == [1]
+
+
+def test_the_first_process_alone_has_a_run_of_wandb_and_finishes_it(tmp_path):
     """The run is opened where it is used: a process that is forked cannot go on with the run of another one."""
     sink = WandbLogger(save_dir=tmp_path / "logs", offline=True, project="shared")
     run = trainer(
-        callbacks=[RankMonitor(picture=False), compression(tmp_path / "compressed"), Finish()],
+        callbacks=[RankMonitor(picture=False), compression(tmp_path / "compressed")],
         logger=sink,
-        strategy="ddp_fork",
+        strategy="ddp_notebook",
         devices=2,
     )
     run.fit(Classifier(), loader(), loader(seed=1))
@@ -159,6 +241,7 @@ def test_only_the_first_process_has_a_run_of_wandb(tmp_path):
     assert final["compress/verdict"]
     assert final["rank_effective/net.2"] > 1
     assert sum(record.HasField("run") for record in found) == 1
+    assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0]
     names = [record.artifact.name for record in found if record.HasField("artifact")]
     assert len(names) == len(set(names))
     assert [name.split("-")[0] for name in names if not name.startswith("run-")] == ["compressed"]
