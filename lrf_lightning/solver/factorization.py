@@ -119,10 +119,16 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     if moment.dim() == 2:
         mean = moment.mean(-1, keepdim=True)
         return torch.where(mean > 0, moment / torch.where(mean > 0, mean, 1.0) + damping, 1.0)
-    moment = (moment + moment.transpose(-1, -2)) / 2
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return torch.where(mean > 0, moment / torch.where(mean > 0, mean, torch.ones_like(mean)) + damping * eye, eye)
+    # in place from here on: for a wide layer, new memory of this size takes longer than the products
+    twice = moment + moment.transpose(-1, -2)
+    diagonal = twice.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    alive = mean > 0
+    twice /= torch.where(alive, mean, 1.0)[..., None, None]
+    diagonal += damping
+    if not bool(alive.all()):
+        twice[~alive] = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return twice
 
 
 def relative_traces(moment: Tensor) -> Tensor:
