@@ -256,7 +256,6 @@ _TIMM = [
     _timm("ese_vovnet19b_dw"),
     _timm("levit_128s", 64, img_size=64, embed_dim=(32, 48, 64), key_dim=8, num_heads=(2, 3, 4), depth=(1, 1, 1)),
     _timm("pit_ti_224", 64, img_size=64, depth=[1, 1, 1], base_dims=[8, 8, 8]),
-    _timm("crossvit_tiny_240", 240),
     _timm("xcit_nano_12_p16_224", depth=2, embed_dim=32),
     _timm("cait_xxs24_224", 32, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4),
     _timm("twins_svt_small", img_size=64, depths=(1, 1, 2, 1), embed_dims=(16, 32, 48, 64)),
@@ -272,7 +271,6 @@ _TIMM = [
         "focalnet_tiny_srf",
         build=lambda models: models.focalnet.FocalNet(num_classes=CLASSES, depths=(1, 1, 1, 1), embed_dim=16),
     ),
-    _timm("efficientformer_l1", 224),
     _timm("fastvit_t8"),
     _timm("repvit_m0_9"),
     _timm("starnet_s1"),
@@ -304,9 +302,6 @@ _TIMM = [
             norm_layers=[models.metaformer.LayerNorm2dNoBias] * 2 + [models.metaformer.LayerNormNoBias] * 2,
         ),
     ),
-    _timm("lambda_resnet26t", 256),
-    _timm("halonet26t", 256),
-    _timm("botnet26t_256", 256),
 ]
 _TORCHVISION = [
     _torchvision("alexnet", exclude=("classifier.*",)),
@@ -324,7 +319,6 @@ _TORCHVISION = [
     _torchvision("mobilenet_v3_small"),
     _torchvision("mnasnet0_5"),
     _torchvision("efficientnet_b0"),
-    _torchvision("efficientnet_v2_s"),
     _torchvision("regnet_y_400mf"),
     _torchvision("shufflenet_v2_x0_5"),
     _torchvision("googlenet", aux_logits=True, init_weights=True),
@@ -346,11 +340,23 @@ _TORCHVISION = [
         64,
         build=lambda models: models.MaxVit((64, 64), 16, 4, [16, 32], [1, 1], 8, 0.0, num_classes=CLASSES),
     ),
-    _torchvision("video.r3d_18"),
     _torchvision("video.mc3_18"),
     _torchvision("segmentation.deeplabv3_mobilenet_v3_large"),
     _torchvision("segmentation.lraspp_mobilenet_v3_large"),
-    _torchvision("segmentation.fcn_resnet50"),
+    _torchvision(
+        "segmentation.fcn_resnet50",
+        build=lambda models: models.segmentation.fcn._fcn_resnet(
+            models.ResNet(
+                models.resnet.Bottleneck,
+                [1, 1, 1, 1],
+                groups=8,
+                width_per_group=4,
+                replace_stride_with_dilation=[False, True, True],
+            ),
+            CLASSES,
+            None,
+        ),
+    ),
 ]
 _TRANSFORMERS = [
     _transformers("BertForSequenceClassification", "BertConfig", fast=True, **_ENCODER),

@@ -3,7 +3,7 @@
 ``check`` asks of every architecture that nothing fails, that every layer with a weight matrix is in the report, that
 outputs are finite, that the parameters are counted right, and that the saved model loads into a fresh dense one with
 equal outputs. ``python -m benchmarks.architectures`` writes what became of each into ``RESULTS.md``; names of
-architectures restrict it to these and print the result instead. The tests run the same checks.
+architectures or libraries restrict it to these, and the others keep their rows. The tests run the same checks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.architecture_cases import CASES, Case, Inputs
-from benchmarks.results import write_section
+from benchmarks.results import append_row, read_rows, write_section
 from lrf_lightning import CompressionResult, StepOutput, compress, load_compressed
 
 __all__ = ["Row", "check"]
 
 FOLDER = Path(__file__).parent
+TABLE = FOLDER / "architectures.csv"
+FIELDS = ("date", "library", "name", "params", "params_after", "factorized", "left_alone", "seconds", "failure")
 LIBRARIES = ("timm", "torchvision", "transformers")
 SOLVE = {"objective": "budget", "keep": 0.6, "points": 2, "refinements": 0, "rows_per_feature": 2, "speed": "none"}
 # owners of a parameter called weight that is no matrix of a layer: vectors of norms, for instance
@@ -138,47 +140,61 @@ def _without_names(reason: str) -> str:
     return re.sub(r" \(\d+ x .*\)", "", reason)
 
 
-def main(names: Iterable[str]) -> None:
-    """Run over all architectures and write the section, or over those that are named and print."""
+def main(arguments: Sequence[str]) -> None:
+    """Run over all architectures, or those that are named by themselves or by their library, and write the section."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    chosen = [case for case in CASES if not names or case.name in names]
+    for case in CASES:
+        if not arguments or case.name in arguments or case.library in arguments:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    row = _row(check(case, Path(folder)))
+                except Exception as error:
+                    row = {"library": case.library, "name": case.name, "failure": f"{type(error).__name__}: {error}"}
+            print(_line(row), flush=True)
+            append_row(TABLE, FIELDS, row | {"date": str(date.today())})
+    write_section(FOLDER / "RESULTS.md", "Architectures", _section())
+
+
+def _row(found: Row) -> dict[str, str]:
+    before, after = found.result.params_model
+    reasons = "; ".join(f"{count} {reason}" for reason, count in found.left_alone.items())
+    return {
+        "library": found.case.library,
+        "name": found.case.name,
+        "params": f"{before / 1000:,.0f}",
+        "params_after": f"{after / 1000:,.0f}",
+        "factorized": str(found.factorized),
+        "left_alone": reasons,
+        "seconds": f"{found.seconds:.1f}",
+    }
+
+
+def _section() -> str:
+    last = {(row["library"], row["name"]): row for row in read_rows(TABLE)}
+    rows = [last[case.library, case.name] for case in CASES if (case.library, case.name) in last]
+    failed = [row["name"] for row in rows if row["failure"]]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *LIBRARIES))
+    verdict = f"{len(rows) - len(failed)} of {len(rows)} passed." + (f" Failed: {', '.join(failed)}." if failed else "")
     lines = [
+        f"`python -m benchmarks.architectures`, {max((row['date'] for row in rows), default='never')}, "
+        f"{platform.machine()}, one thread, {versions}. Random weights, random data, depth and width cut down where "
+        "the library offers it; 0.6 of the factorizable parameters kept. Passed means: nothing failed, every layer with a "
+        "weight is in the report, outputs are finite before and after, parameters are counted right, and the saved "
+        "model gives equal outputs when it is loaded into a fresh dense one. "
+        f"**{verdict}** {len(CASES) - len(rows)} have not been run.",
+        "",
         "| architecture | parameters, k | after, k | factorized | left alone, and why | solve, s |",
         "|---|---|---|---|---|---|",
+        *map(_line, rows),
     ]
-    failed = []
-    for case in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                line = _line(check(case, Path(folder)))
-            except Exception as error:
-                failed.append(case.name)
-                line = f"| {case.library} {case.name} | | | | **{type(error).__name__}: {error}** | |"
-        print(line, flush=True)
-        lines.append(line)
-    verdict = f"{len(chosen) - len(failed)} of {len(chosen)} passed." + (f" Failed: {failed}." if failed else "")
-    print(verdict)
-    if names:
-        return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *LIBRARIES))
-    head = (
-        f"`python -m benchmarks.architectures`, {date.today()}, {platform.machine()}, one thread, {versions}. Random "
-        "weights, random data, depth and width cut down where the library offers it; 0.6 of the factorizable "
-        "parameters kept. Passed means: nothing failed, every layer with a weight is in the report, outputs are finite "
-        "before and after, parameters are counted right, and the saved model gives equal outputs when it is loaded "
-        f"into a fresh dense one. **{verdict}**"
-    )
-    write_section(FOLDER / "RESULTS.md", "Architectures", "\n".join([head, "", *lines]))
+    return "\n".join(lines)
 
 
-def _line(row: Row) -> str:
-    before, after = row.result.params_model
-    reasons = "; ".join(f"{count} {reason}" for reason, count in row.left_alone.items())
-    return (
-        f"| {row.case.library} {row.case.name} | {before / 1000:,.0f} | {after / 1000:,.0f} | {row.factorized} | "
-        f"{reasons} | {row.seconds:.1f} |"
-    )
+def _line(row: Mapping[str, str]) -> str:
+    reason = f"**{row['failure']}**" if row.get("failure") else row["left_alone"]
+    numbers = [row.get(name, "") for name in ("params", "params_after", "factorized")]
+    return f"| {row['library']} {row['name']} | {' | '.join(numbers)} | {reason} | {row.get('seconds', '')} |"
 
 
 if __name__ == "__main__":
