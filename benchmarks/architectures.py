@@ -179,9 +179,9 @@ def _section() -> str:
     lines = [
         f"`python -m benchmarks.architectures`, {max((row['date'] for row in rows), default='never')}, "
         f"{platform.machine()}, one thread, {versions}. Random weights, random data, depth and width cut down where "
-        "the library offers it; 0.6 of the factorizable parameters kept. Passed means: nothing failed, every layer with a "
-        "weight is in the report, outputs are finite before and after, parameters are counted right, and the saved "
-        "model gives equal outputs when it is loaded into a fresh dense one. "
+        "the library offers it; 0.6 of the factorizable parameters kept. Passed means: nothing failed, every layer "
+        "with a weight is in the report, outputs are finite before and after, parameters are counted right, and the "
+        "saved model gives equal outputs when it is loaded into a fresh dense one. "
         f"**{verdict}** {len(CASES) - len(rows)} have not been run.",
         "",
         "| architecture | parameters, k | after, k | factorized | left alone, and why | solve, s |",
