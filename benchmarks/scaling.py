@@ -7,6 +7,7 @@ real models at 8, 64 and 512 processes from those costs. It writes its part of `
 
 from __future__ import annotations
 
+import gc
 import platform
 import resource
 import statistics
@@ -25,9 +26,11 @@ from benchmarks.results import write_section
 from lrf_lightning import compress
 from lrf_lightning.distributed import assigned
 from lrf_lightning.solver.factorization import decomposition_cost, factorize
+from lrf_lightning.solver.statistics import Moment
 
 FOLDER = Path(__file__).parent
 DEPTH, WIDTH, SAMPLES = 24, 384, 2000
+SHALLOW, NARROW, GROUP = 12, 128, 3  # for the statistics in memory
 SHAPES = ((1, 64, 576), (1, 128, 1152), (1, 256, 256), (1, 256, 2304), (1, 384, 384), (1, 512, 512), (1, 768, 768))
 WORLDS = (8, 64, 512)
 Shape = tuple[int, int, int]  # groups, output side, input side
@@ -35,7 +38,7 @@ Shape = tuple[int, int, int]  # groups, output side, input side
 
 def main() -> None:
     """Measure, simulate, and write the section."""
-    parts = [_two_processes(), *_cost_model()]
+    parts = [_two_processes(), _memory(), *_cost_model()]
     head = f"`python -m benchmarks.scaling`, {date.today()}, {platform.machine()}, torch {torch.__version__}."
     write_section(FOLDER / "RESULTS.md", "Scaling", "\n\n".join([head, *parts]))
 
@@ -60,6 +63,55 @@ def _two_processes() -> str:
     return "\n".join(lines)
 
 
+def _memory() -> str:
+    """Statistics in the memory of every process, counted whenever the solver reports progress."""
+    layer = 8 * 2 * NARROW**2
+    lines = [
+        f"**Statistics in memory**: {SHALLOW} linear layers of width {NARROW} and `memory_gib` set to the moments of "
+        f"{GROUP} of them ({GROUP * layer / 2**20:.1f} MiB; all layers take {SHALLOW * layer / 2**20:.1f} MiB). The "
+        "peak is counted over all stages whenever the solver reports its progress.",
+        "",
+        "| processes | largest peak of a process, MiB | in layers |",
+        "|---|---|---|",
+    ]
+    for world in (1, 2, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            mp.start_processes(_counting_process, (world, folder), nprocs=world, start_method="spawn")
+            peak = max(torch.load(Path(folder) / f"{rank}.pt") for rank in range(world))
+        lines.append(f"| {world} | {peak / 2**20:.1f} | {peak / layer:.1f} |")
+    return "\n".join(lines)
+
+
+def _counting_process(rank: int, world: int, folder: str) -> None:
+    _join(rank, world, folder)
+    model = Chain(SHALLOW, NARROW).eval()
+    data = [tokens(count, NARROW, seed)[rank::world] for seed, count in enumerate((1000, 750, 750))]
+    peak = 0
+
+    def count(*_: object) -> None:
+        nonlocal peak
+        moments = [found for found in gc.get_objects() if type(found) is Moment]
+        peak = max(peak, sum(moment.total.nbytes for moment in moments if moment.total is not None))
+
+    limit = GROUP * 8 * 2 * NARROW**2 / 2**30
+    compress(model, loss, *data, objective="budget", keep=0.5, speed="none", memory_gib=limit, progress=count)
+    torch.save(peak, f"{folder}/{rank}.pt")
+    _leave(world)
+
+
+def _join(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
+    torch.manual_seed(0)
+
+
+def _leave(world: int) -> None:
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def _run(world: int) -> list[tuple[float, float, float]]:
     """Wall-clock seconds, processor seconds and peak memory in MiB of every process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -68,19 +120,14 @@ def _run(world: int) -> list[tuple[float, float, float]]:
 
 
 def _process(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
-    torch.manual_seed(0)
+    _join(rank, world, folder)
     model = Chain(DEPTH, WIDTH).eval()
     data = [tokens(count, WIDTH, seed)[rank::world] for seed, count in ((0, SAMPLES), (1, 500), (2, 500))]
     started, busy = time.perf_counter(), time.process_time()
     compress(model, loss, *data, objective="budget", keep=0.5)
     found = time.perf_counter() - started, time.process_time() - busy
     torch.save((*found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), f"{folder}/{rank}.pt")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    _leave(world)
 
 
 def _cost_model() -> list[str]:
