@@ -28,6 +28,10 @@ __all__ = ["LARGEST_SIDE", "Factors", "damped", "decomposition_cost", "factorize
 LARGEST_SIDE = 16384
 
 
+# time of both eigendecompositions per cubed side, and of passing over a moment per entry, in multiply-adds of products
+EIGEN, ENTRY = 22.0, 600.0
+
+
 @dataclass(frozen=True)
 class Factors:
     """All components of a factorization, the largest first, in float64.
@@ -191,11 +195,13 @@ def _diagonal_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decomposition_cost(groups: int, rows: int, columns: int) -> float:
-    """Estimated multiply-adds of :func:`factorize`, for sharing the work out.
+    """Estimated time of :func:`factorize`, in multiply-adds of matrix products, for sharing the work out.
 
-    Two eigendecompositions of the smaller side, about 9 n^3 each (Golub and Van Loan 2013, section 8.3), and products
-    with the moments of both sides, the larger of which may be a diagonal.
+    Two eigendecompositions of the smaller side, products with the moments of both sides, and reading and writing of
+    both moments entry by entry, which dominates where one side is much wider than the other. The factors are measured
+    on one core of a CPU, see ``benchmarks/scaling.py``. The larger moment may be a diagonal.
     """
     small, large = min(rows, columns), max(rows, columns)
     moment = large if large <= LARGEST_SIDE else 1
-    return groups * (18.0 * small**3 + float(small) * large * (3 * small + moment))
+    products = float(small) * large * (2 * small + moment)
+    return groups * (EIGEN * small**3 + products + ENTRY * (small**2 + large * moment))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrf_lightning.solver.factorization import damped, factorize
+from lrf_lightning.solver.factorization import damped, decomposition_cost, factorize
 
 SHAPES = [(1, 5, 9), (1, 9, 5), (3, 4, 7), (4, 6, 3), (1, 6, 6), (1, 1, 8), (1, 8, 1)]
 METRICS = ["euclidean", "activation", "fisher"]
@@ -268,3 +268,20 @@ def test_entries_that_are_not_finite_are_errors(bad):
         with pytest.raises(ValueError, match=f"the {name} holds NaN or infinite entries"):
             factorize(weight, inputs, outputs)
         tensor[0, 0, 0] = kept
+
+
+def test_the_estimated_cost_is_that_of_measured_shapes():
+    """Milliseconds on one core, from the section Scaling of ``benchmarks/RESULTS.md``."""
+    measured = {
+        (64, 576): 5.7,
+        (128, 1152): 25.4,
+        (256, 2304): 184,
+        (512, 512): 94.6,
+        (512, 2048): 270,
+        (768, 768): 276,
+    }
+    rates = sorted(ms / decomposition_cost(1, *shape) for shape, ms in measured.items())
+    assert rates[-1] / rates[0] < 1.6
+    assert decomposition_cost(2, 256, 64) == 2 * decomposition_cost(1, 64, 256)
+    # of a vocabulary only a diagonal is kept
+    assert decomposition_cost(1, 768, 30522) < 2 * decomposition_cost(1, 768, 3072)
