@@ -25,7 +25,8 @@ from lrf_lightning.modules import LowRankModule
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.solver.result import Solution
 from lrf_lightning.structure_hook import LowRankCheckpointMixin, pointwise_first_in, register_structure_hook
-from lrf_lightning.surgery import restore_dense_structure, set_structure
+from lrf_lightning.surgery import low_rank_type, restore_dense_structure, set_structure
+from lrf_lightning.surgery.kinds import LOW_RANK_OF
 from lrf_lightning.weights_file import pack, read_header, unpack
 
 __all__ = [
@@ -164,12 +165,18 @@ def _check_layers(model: nn.Module, record: Mapping[str, Any], file: str) -> Non
             continue  # the projections of packed attention are no layers of their own
         weight = getattr(module, "weight", None)
         own_shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
-        kind = layer["kind"] if isinstance(module, LowRankModule) else type(module).__name__
+        kind = layer["kind"] if isinstance(module, LowRankModule) else _kind(module)
         if (kind, own_shape) != (layer["kind"], shape):
             raise CheckpointError(
                 f"{file} does not fit {type(model).__name__}: its layer {name!r} is a {kind} with a weight of shape "
                 f"{own_shape}, in the file it was a {layer['kind']} with a weight of shape {shape}"
             )
+
+
+def _kind(module: nn.Module) -> str:
+    """Name of the class, or of torch's layer that it does the same as and that a low-rank layer becomes again."""
+    stand_in = low_rank_type(module)
+    return next((kind.__name__ for kind, low in LOW_RANK_OF.items() if low is stand_in), type(module).__name__)
 
 
 def _check_entries(model: nn.Module, state: Mapping[str, Any], file: str) -> None:

@@ -63,6 +63,16 @@ def test_gpt_with_transposed_layers_and_a_tied_head(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["n_embd"] == 16
 
 
+def test_linear_layers_of_a_class_of_its_own(tmp_path):
+    config = transformers.FalconConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    name, tokens = "transformer.h.0.mlp.dense_h_to_4h", batches(3)[0]
+    model = compressed(transformers.FalconForCausalLM(config), {name: 3}).eval()
+    save_pretrained(solution(model, {name: 3}, {}), tmp_path)
+    loaded = from_pretrained(transformers.FalconForCausalLM, tmp_path)
+    assert loaded.get_submodule(name).rank == 3
+    assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
 def test_tied_weights_stay_tied_in_the_eyes_of_transformers(tmp_path):
     declared = dict(transformers.GPT2LMHeadModel._tied_weights_keys)
     model = compressed(gpt(), {"transformer.wte": 5}).eval()
