@@ -13,12 +13,7 @@ from benchmarks.results import read_rows, write_section
 from lrf_lightning.plot_style import BLUE, GREEN, GREY, ORANGE, symmetric_log, to_png
 from lrf_lightning.report_cells import scaled
 
-__all__ = ["SETTINGS", "write_report"]
-
-# arguments of the callback that a recipe adds to the usual ones, for our methods
-SETTINGS: dict[str, dict[str, object]] = {
-    name: {"batch_norm": True} for name in ("fashion_resnext", "fashion_resnext50")
-}
+__all__ = ["write_report"]
 
 Rows = Sequence[dict[str, str]]
 CURVES = {"plain SVD": (GREY, "s"), "activation-whitened SVD": (ORANGE, "^"), "frontier": (BLUE, "o")}
@@ -94,7 +89,7 @@ def _section(recipe: str, rows: Rows) -> str:
     lines = [
         f"`python -m benchmarks.recipes {recipe} --seeds {' '.join(_seeds(rows))}`, {' to '.join(days[:: len(days)])}, "
         f"{'; '.join(sorted({row['machine'] for row in rows}))}. {samples} and "
-        f"{int(first['samples_verification']):,} verification samples. {_added(recipe)}{_load(rows)}",
+        f"{int(first['samples_verification']):,} verification samples. {_load(rows)}",
         "",
         *_dense_table(rows),
         *_objective_table(rows),
@@ -102,13 +97,6 @@ def _section(recipe: str, rows: Rows) -> str:
         *_size_table(rows),
     ]
     return "\n".join(lines)
-
-
-def _added(recipe: str) -> str:
-    added = " ".join(
-        f"`callbacks.compress.{name}={str(value).lower()}`" for name, value in SETTINGS.get(recipe, {}).items()
-    )
-    return f"This package with {added}. " if added else ""
 
 
 def _load(rows: Rows) -> str:

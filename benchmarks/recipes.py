@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import train as application
 from benchmarks.quality import METHODS
-from benchmarks.recipe_report import SETTINGS, write_report
+from benchmarks.recipe_report import write_report
 from benchmarks.results import append_row, read_rows
 from lrf_lightning import CompressionResult
 from lrf_lightning.fingerprint import fingerprint
@@ -141,7 +141,7 @@ class Run:
     def _asked(self, method: str, done: Sequence[dict[str, str]]) -> list[str]:
         """The overrides that make one method of the callback."""
         if method in OURS:
-            budgets, settings = self.budgets, SETTINGS.get(self.recipe, {})
+            budgets, settings = self.budgets, {}
         else:
             sizes = {_kept(row) for row in done if row["method"] in ("lossless", "compact")}
             budgets, settings = (*self.budgets, *sorted(sizes - {1.0})), METHODS[method]

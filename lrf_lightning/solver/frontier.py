@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from lrf_lightning.solver.certificate import default_loss_margin
 from lrf_lightning.solver.compensation import fit_layers
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.result import FrontierPoint
+from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import LayerStatistics, memory_groups
 from lrf_lightning.solver.workspace import Workspace
 
@@ -244,10 +246,10 @@ class Frontier:
 
 
 def choose_compact(frontier: Frontier, dense_params: int) -> FrontierPoint | None:
-    """The smallest point that is not distinguishably worse than the dense model, None if there is none."""
+    """The smallest point that is not worse than the dense model on the selection split, None if there is none."""
 
     def accept(point: FrontierPoint) -> bool:
-        return _qualifies(frontier, point, dense_params, frontier.dense)
+        return _qualifies(frontier, point, dense_params)
 
     qualified = [point for point in frontier.walk() if accept(point)]
     return frontier.refine(qualified[-1], accept) if qualified else None
@@ -272,17 +274,19 @@ def choose_lossless(frontier: Frontier, dense_params: int) -> FrontierPoint | No
 
 def choose_among(frontier: Frontier, points: Sequence[FrontierPoint], dense_params: int) -> FrontierPoint | None:
     """The smallest of the points that :func:`choose_compact` would accept, None if there is none."""
-    qualified = [point for point in points if _qualifies(frontier, point, dense_params, frontier.dense)]
+    qualified = [point for point in points if _qualifies(frontier, point, dense_params)]
     return min(qualified, key=lambda point: point.keep, default=None)
 
 
-def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, reference: Outcome) -> bool:
-    """Whether a point is smaller than the dense model and ties with a reference, the dense model or the best point.
+def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, reference: Outcome | None = None) -> bool:
+    """Whether a point is smaller than the dense model and ties with it, or with another reference if one is given.
 
     The loss may exceed the reference's, and the score may fall below the dense model's, by the tolerance and the noise:
     ``ties`` paired standard errors, but never more than half the margin of the verdict, so that a small selection split
-    does not admit a bad model.
+    does not admit a bad model. Without another reference a change for the worse counts as a tie as well if its
+    confidence bound is inside half the margin; the other half is for the difference between the splits.
     """
+    among_dense, reference = reference is None, reference or frontier.dense
     settings = frontier.work.settings
     if not point.ranks or point.params_model >= dense_params or not math.isfinite(point.loss_change):
         return False
@@ -292,13 +296,21 @@ def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, refe
         margin = default_loss_margin(frontier.dense.measurement().loss)
     # the reference was found by looking for the lowest loss: its distance to the dense model is uncertain as well
     doubt = _paired_error(reference.losses - frontier.dense.losses, outcome.weights)
-    noise = settings.ties * max(_paired_error(outcome.losses - reference.losses, outcome.weights), doubt)
-    if point.loss - reference.measurement().loss > settings.tolerance + min(noise, margin / 2):
+    error = max(_paired_error(outcome.losses - reference.losses, outcome.weights), doubt)
+    room = _room(settings, error, margin, among_dense=among_dense)
+    if point.loss - reference.measurement().loss > settings.tolerance + room:
         return False
     if point.score_change is None or point.score_change_error is None:
         return True
-    noise = settings.ties * point.score_change_error
-    return point.score_change >= -settings.score_tolerance - min(noise, settings.score_margin / 2) - 1e-12
+    room = _room(settings, point.score_change_error, settings.score_margin, among_dense=among_dense)
+    return point.score_change >= -settings.score_tolerance - room - 1e-12
+
+
+def _room(settings: Settings, error: float, margin: float, *, among_dense: bool) -> float:
+    """How far a figure may be off on the wrong side, given its standard error and the margin of the verdict."""
+    noise = min(settings.ties * error, margin / 2)
+    certain = margin / 2 - NormalDist().inv_cdf(settings.confidence) * error if among_dense and settings.ties else 0.0
+    return max(noise, certain)
 
 
 def _paired_error(differences: Tensor, weights: Tensor) -> float:

@@ -198,7 +198,7 @@ def _choose(work: Workspace, dense: Outcome) -> _Choice:
         message = f"Best allocation with {settings.keep:g} of the factorizable layers' {settings.cost}."
     elif settings.objective == "compact":
         chosen = choose_compact(frontier, dense_params)
-        message = "Smallest measured model whose loss and score tie with the original's on the selection split."
+        message = "Smallest measured model whose loss and score are as good as the original's on the selection split."
     else:
         chosen = choose_lossless(frontier, dense_params)
         message = "Smallest measured model whose loss ties with the lowest one on the selection split."
@@ -218,7 +218,7 @@ def _choose(work: Workspace, dense: Outcome) -> _Choice:
 
 
 def _choose_budgets(frontier: Frontier) -> _Choice:
-    """All budgets, of which the smallest that ties with the original is chosen."""
+    """All budgets, of which the smallest that is as good as the original is chosen."""
     work, models = frontier.work, PointModels(frontier.work.model)
 
     def keep(point: FrontierPoint, model: nn.Module) -> None:
@@ -229,7 +229,7 @@ def _choose_budgets(frontier: Frontier) -> _Choice:
     if chosen is None:
         message = f"No budget kept loss and score within the noise on the selection split.{note}"
         return _Choice(copy.deepcopy(work.model), frontier.dense, message, None, points, models)
-    message = f"Smallest budget whose loss and score tie with the original's on the selection split.{note}"
+    message = f"Smallest budget whose loss and score are as good as the original's on the selection split.{note}"
     message += frontier.note(chosen)
     return _Choice(models.build(chosen.ranks), frontier.outcome(chosen), message, chosen, points, models)
 

@@ -41,9 +41,9 @@ class Settings:
 
     Attributes:
         objective: ``lossless`` (a model whose loss ties with the lowest that was measured), ``compact`` (smallest
-            model whose loss ties with the original's), ``budget`` (best model with ``keep`` of the cost),
-            ``frontier`` (all ``budgets`` from one calibration, with the smallest one chosen that ``compact`` accepts)
-            or ``paper`` (the published greedy algorithm).
+            model whose loss and score are as good as the original's), ``budget`` (best model with ``keep`` of the
+            cost), ``frontier`` (all ``budgets`` from one calibration, with the smallest one chosen that ``compact``
+            accepts) or ``paper`` (the published greedy algorithm).
         metric: metric of the factorization, ``euclidean`` (plain SVD), ``activation`` (whitened inputs) or ``fisher``
             (whitened inputs and output gradients).
         keep: share of the factorizable layers' cost that ``budget`` keeps, in (0, 1].
@@ -55,7 +55,8 @@ class Settings:
         tolerance: increase of the selection loss that ``lossless`` and ``compact`` accept beyond its noise, absolute.
         score_tolerance: fall of the selection score that they accept beyond its noise, absolute.
         ties: noise of the selection split: differences within this many paired standard errors, and within half the
-            margin of the verdict, count as ties, and the smallest model of a tie wins. 0 takes figures at face value.
+            margin of the verdict, count as ties, and the smallest model of a tie wins. For ``compact`` and ``frontier``
+            so do differences whose confidence bound is inside half the margin. 0 takes figures at face value.
         loss_margin: increase of the loss that counts as not worse in the verdict, absolute; None stands for the
             larger of 2 % of the original's loss and 0.005.
         score_margin: fall of the score that counts as not worse in the verdict, absolute.

@@ -1,0 +1,63 @@
+"""Which measured models count as good as the original."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lrf_lightning import Settings, StepOutput, compress
+from lrf_lightning.solver.frontier import _room
+
+
+@pytest.mark.parametrize(
+    ("error", "among_dense", "ties", "room"),
+    [
+        (1e-9, True, 1.0, 0.005),  # the bound is all but the change itself: half the margin
+        (0.001, True, 1.0, 0.005 - 1.6448536 * 0.001),
+        (0.004, True, 1.0, 0.004),  # uncertain: one standard error is a tie
+        (0.004, True, 2.0, 0.005),  # but never more than half the margin
+        (float("inf"), True, 1.0, 0.005),  # a single pair
+        (1e-9, False, 1.0, 1e-9),  # lossless looks for ties only
+        (0.002, True, 0.0, 0.0),  # at face value
+    ],
+)
+def test_room_for_a_change_for_the_worse(error, among_dense, ties, room):
+    assert _room(Settings(ties=ties), error, 0.01, among_dense=among_dense) == pytest.approx(room, rel=1e-6)
+
+
+def per_sample(model, batch):
+    logits = model(batch[0])
+    losses = functional.cross_entropy(logits, batch[1], reduction="none")
+    return StepOutput(losses, (logits.argmax(1) == batch[1]).float())
+
+
+def split(seed, samples=2000):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 12, generator=generator)
+    teacher = torch.Generator().manual_seed(0)
+    hidden = torch.sin(x @ torch.randn(12, 16, generator=teacher) / 2)
+    scores = hidden @ torch.randn(16, 4, generator=teacher)
+    y = (scores + 0.5 * torch.randn(samples, 4, generator=generator)).argmax(1)
+    return list(zip(x.split(500), y.split(500), strict=True))
+
+
+def test_compact_goes_as_far_as_the_margins_allow_and_lossless_does_not():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for epoch in range(20):
+        for batch in split(10 + epoch):
+            optimizer.zero_grad()
+            per_sample(model, batch).loss.mean().backward()
+            optimizer.step()
+
+    def kept(objective, margin):
+        options = {"loss_margin": margin, "score_margin": 1.0, "points": 6, "refinements": 2, "speed": "none"}
+        found = compress(model, per_sample, split(1), split(2), split(3), objective=objective, **options)
+        if objective == "compact":
+            assert found.certificate.verdict in ("better", "not worse")
+        return found.params_model[1]
+
+    narrow, wide = kept("compact", 0.004), kept("compact", 0.2)
+    assert wide < 0.7 * narrow
+    assert kept("lossless", 0.2) > wide
