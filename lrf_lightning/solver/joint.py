@@ -30,7 +30,7 @@ from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.speed import measure_speed
 from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Progress, Workspace
-from lrf_lightning.surgery import Candidate, Skipped, find_layers, prepare, settle
+from lrf_lightning.surgery import Candidate, Skipped, find_layers, is_matrix, prepare, settle
 
 __all__ = ["calibrated", "solve"]
 
@@ -340,10 +340,15 @@ def _layer_result(work: Workspace, layer: LayerStatistics, ranks: dict[str, int]
 
 def _skipped_result(model: nn.Module, skipped: Skipped) -> LayerResult:
     module = model.get_submodule(skipped.name)
-    weight = module._parameters.get("weight")
     # lazy and packed weights have no size yet, or none that counts
-    shape = () if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) else tuple(weight.shape)
-    count = 0 if not shape or weight is None else weight.numel()
+    matrices = {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if is_matrix(parameter) and not isinstance(parameter, nn.parameter.UninitializedParameter)
+    }
+    weight = matrices.get("weight")
+    shape = () if weight is None else tuple(weight.shape)
+    count = sum(parameter.numel() for parameter in matrices.values() if parameter is not None)
     return LayerResult(skipped.name, skipped.kind, shape, 0, None, count, count, reason=skipped.reason)
 
 
