@@ -137,6 +137,7 @@ def _check_report(model: nn.Module, result: CompressionResult) -> None:
 
 def _without_names(reason: str) -> str:
     reason = re.sub(r"'[^']*'", "another layer", reason or "dense is best within the budget")
+    reason = re.sub(r"layer another layer sees a tensor of shape .*; (?=its rows)", "", reason)
     return re.sub(r" \(\d+ x .*\)", "", reason)
 
 
