@@ -71,7 +71,10 @@ def layer_factors(
     found = factorize(_by_channels(weighted, kernel), channels, damping=damping, max_rank=max_rank)
     # the rows are orthogonal in the channels' metric: every component's column is a regression by itself
     plain, right = _by_channels(target, kernel), found.right
-    dual = right if channels is None else right @ damped(channels, damping)
+    dual = right
+    if channels is not None:
+        metric = damped(channels, damping)
+        dual = right * metric[:, None, :] if metric.dim() == 2 else right @ metric
     energy = (dual * right).sum(-1)
     dual = dual / torch.where(energy > 0, energy, 1.0)[..., None]
     left = torch.where(energy[:, None, :] > 0, plain @ dual.transpose(1, 2), 0.0)

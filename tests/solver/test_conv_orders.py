@@ -122,6 +122,25 @@ def test_outputs_that_lie_in_few_directions_keep_the_kernel_first():
     assert not order.pointwise_first
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_moments_of_which_only_the_diagonal_is_known(groups):
+    """The same as with the diagonal as a whole matrix, but for the kernels, which are not fitted anew."""
+    layer = candidate(groups)
+    entries = (
+        torch.rand(groups, layer.columns, dtype=torch.float64),
+        torch.rand(groups, layer.rows, dtype=torch.float64),
+    )
+    diagonal, whole = (
+        layer_factors(layer, layer.matrices(), *moments, damping=DAMPING, max_rank=3)
+        for moments in (entries, tuple(map(torch.diag_embed, entries)))
+    )
+    assert_close(diagonal.left @ diagonal.right, whole.left @ whole.right)
+    assert diagonal.best_errors is None
+    order, factors = better_order(layer, layer.matrices(), *entries, damping=DAMPING)
+    left, right = best_factors(order, factors, 2, layer.matrices(), entries[0], damping=DAMPING)
+    assert left.shape[-1] == right.shape[-2] == 2
+
+
 @pytest.mark.parametrize("damping", [0.0, DAMPING])
 def test_dead_channels_and_duplicates(damping):
     layer = candidate()
