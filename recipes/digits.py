@@ -19,20 +19,22 @@ that the layers come close to a low rank.
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
+
+from recipes.one_cycle import one_cycle
+from recipes.splits import SplitDataModule
 
 __all__ = ["Digits", "DigitsClassifier", "DigitsNet"]
 
 CLASSES = 10
 
 
-class Digits(LightningDataModule):
+class Digits(SplitDataModule):
     """Loaders of the five splits; the callback finds the three that it needs by the names of the methods.
 
     Args:
@@ -54,11 +56,9 @@ class Digits(LightningDataModule):
         batch_size: int = 32,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, evaluation_batch_size=100)
         self.sizes = {"calibration": calibration, "selection": selection, "verification": verification, "test": test}
-        self.batch_size = batch_size
         self.seed = seed
-        self.splits: dict[str, TensorDataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Cut the images into the five splits, the same for every stage.
@@ -66,6 +66,8 @@ class Digits(LightningDataModule):
         Raises:
             ValueError: if no image is left for training.
         """
+        from sklearn.datasets import load_digits  # other recipes use the classifier, but not this data
+
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1)  # (1797, 1, 8, 8), values in [0, 1]
         labels = torch.from_numpy(digits.target).long()
@@ -78,33 +80,6 @@ class Digits(LightningDataModule):
             name: TensorDataset(images[part], labels[part])
             for name, part in zip(("train", *self.sizes), parts, strict=True)
         }
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for the weights, shuffled."""
-        return DataLoader(self.splits["train"], batch_size=self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The selection split: it may be looked at while training, the verification split may not."""
-        return self.selection_dataloader()
-
-    def calibration_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for the statistics of the compression."""
-        return self._loader("calibration")
-
-    def selection_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for choosing among compressed models."""
-        return self._loader("selection")
-
-    def verification_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for the verdict."""
-        return self._loader("verification")
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for the report."""
-        return self._loader("test")
-
-    def _loader(self, split: str) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.splits[split], batch_size=100)
 
 
 class ResNeXtBlock(nn.Module):
@@ -190,11 +165,7 @@ class DigitsClassifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW whose learning rate rises and falls once over the whole training."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return one_cycle(self, self.parameters(), self.learning_rate, self.weight_decay)
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch

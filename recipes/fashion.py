@@ -25,12 +25,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from recipes.digits import CLASSES, DigitsClassifier
+from recipes.one_cycle import one_cycle
+from recipes.splits import SplitDataModule
 
 __all__ = ["FashionClassifier", "FashionMNIST", "ResNeXt", "VisionTransformer", "read_images", "resnext50_32x4d"]
 
@@ -78,7 +79,7 @@ def _read(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, -1, 4 + 4 * dimensions).reshape(shape)
 
 
-class FashionMNIST(LightningDataModule):
+class FashionMNIST(SplitDataModule):
     """Loaders of the five splits; the callback finds the three that it needs by the names of the methods.
 
     Args:
@@ -102,10 +103,9 @@ class FashionMNIST(LightningDataModule):
         download: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, evaluation_batch_size=250)
         self.sizes = {"calibration": calibration, "selection": selection, "verification": verification}
-        self.batch_size, self.folder, self.download, self.seed = batch_size, folder, download, seed
-        self.splits: dict[str, TensorDataset] = {}
+        self.folder, self.download, self.seed = folder, download, seed
 
     def prepare_data(self) -> None:
         """Fetch the files if that is allowed and needed.
@@ -139,33 +139,6 @@ class FashionMNIST(LightningDataModule):
             self.splits[name] = TensorDataset(images[part], labels[part])
         self.splits["test"] = TensorDataset(*read_images("t10k", self.folder))
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for the weights, shuffled."""
-        return DataLoader(self.splits["train"], batch_size=self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The selection split: it may be looked at while training, the verification split may not."""
-        return self.selection_dataloader()
-
-    def calibration_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for the statistics of the compression."""
-        return self._loader("calibration")
-
-    def selection_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for choosing among compressed models."""
-        return self._loader("selection")
-
-    def verification_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for the verdict."""
-        return self._loader("verification")
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Images for the report."""
-        return self._loader("test")
-
-    def _loader(self, split: str) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.splits[split], batch_size=250)
-
 
 class FashionClassifier(DigitsClassifier):
     """The training of the digits recipe, with images that are also mirrored, cheaper on processors that allow it.
@@ -197,11 +170,7 @@ class FashionClassifier(DigitsClassifier):
             {"params": [p for p in self.parameters() if p.dim() > 1]},
             {"params": [p for p in self.parameters() if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return one_cycle(self, groups, self.learning_rate, self.weight_decay)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of shifted images, half of them mirrored."""

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.one_cycle import one_cycle
 from recipes.passages import CausalModule
 
 __all__ = ["Block", "CharacterModel", "CharacterNet"]
@@ -99,8 +100,4 @@ class CharacterModel(CausalModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW whose learning rate rises and falls once over the whole training."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return one_cycle(self, self.parameters(), self.learning_rate, self.weight_decay)

@@ -13,13 +13,14 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from torchmetrics.text import Perplexity
 
 from recipes.installed import package_folder
+from recipes.splits import SplitDataModule
 
 __all__ = ["CausalModule", "Characters", "Passages", "read_works"]
 
@@ -56,7 +57,7 @@ class Characters:
         return [self.ids.get(character, 0) for character in text]
 
 
-class Passages(LightningDataModule):
+class Passages(SplitDataModule):
     """Loaders of the five splits; the callback finds the three that it needs by the names of the methods.
 
     Args:
@@ -86,11 +87,10 @@ class Passages(LightningDataModule):
         batch_size: int = 32,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.tokenizer, self.length, self.page, self.batch_size, self.seed = tokenizer, length, page, batch_size, seed
+        super().__init__(batch_size)
+        self.tokenizer, self.length, self.page, self.seed = tokenizer, length, page, seed
         self.sizes = {"calibration": calibration, "selection": selection, "verification": verification, "test": test}
         self.train = train
-        self.splits: dict[str, TensorDataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read and cut the text, the same for every stage.
@@ -114,33 +114,6 @@ class Passages(LightningDataModule):
         for name, part in zip(sizes, order.split([rest, *counts.values()]), strict=True):
             chosen = pages[part].flatten(0, 1)[: sizes[name]]
             self.splits[name] = TensorDataset(chosen[:, :-1], chosen[:, 1:])
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Passages for the weights, shuffled."""
-        return DataLoader(self.splits["train"], self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The selection split: it may be looked at while training, the verification split may not."""
-        return self.selection_dataloader()
-
-    def calibration_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Passages for the statistics of the compression."""
-        return self._loader("calibration")
-
-    def selection_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Passages for choosing among compressed models."""
-        return self._loader("selection")
-
-    def verification_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Passages for the verdict."""
-        return self._loader("verification")
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Passages for the report."""
-        return self._loader("test")
-
-    def _loader(self, split: str) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.splits[split], self.batch_size)
 
 
 class CausalModule(LightningModule):

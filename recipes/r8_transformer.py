@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from recipes.one_cycle import one_cycle
 from recipes.reuters import CLASSES, PADDING, TopicClassifier
 
 __all__ = ["R8Classifier", "TextTransformer"]
@@ -71,8 +72,4 @@ class R8Classifier(TopicClassifier):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW whose learning rate rises and falls once over the whole training."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return one_cycle(self, self.parameters(), self.learning_rate, self.weight_decay)

@@ -25,13 +25,14 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from recipes.installed import package_folder
+from recipes.splits import SplitDataModule
 
 __all__ = ["CLASSES", "PADDING", "Reuters", "TopicClassifier", "Words", "read_texts"]
 
@@ -84,7 +85,7 @@ class Words:
         return [[self.ids.get(word, UNKNOWN) for word in _words(text)] or [UNKNOWN] for text in texts]
 
 
-class Reuters(LightningDataModule):
+class Reuters(SplitDataModule):
     """Loaders of the five splits; the callback finds the three that it needs by the names of the methods.
 
     Args:
@@ -108,10 +109,9 @@ class Reuters(LightningDataModule):
         batch_size: int = 32,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.tokenizer, self.length, self.batch_size, self.seed = tokenizer, length, batch_size, seed
+        super().__init__(batch_size)
+        self.tokenizer, self.length, self.seed = tokenizer, length, seed
         self.sizes = {"calibration": calibration, "selection": selection, "verification": verification}
-        self.splits: dict[str, TensorDataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read and cut the texts, the same for every stage.
@@ -137,26 +137,6 @@ class Reuters(LightningDataModule):
         split = self.splits["train"]
         sampler = _SimilarLengths(len(split), self.batch_size)
         return DataLoader(split, self.batch_size, sampler=sampler, collate_fn=_cut)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The selection split: it may be looked at while training, the verification split may not."""
-        return self.selection_dataloader()
-
-    def calibration_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Texts for the statistics of the compression."""
-        return self._loader("calibration")
-
-    def selection_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Texts for choosing among compressed models."""
-        return self._loader("selection")
-
-    def verification_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Texts for the verdict."""
-        return self._loader("verification")
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The official test split, for the report."""
-        return self._loader("test")
 
     def _loader(self, split: str) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(self.splits[split], self.batch_size, collate_fn=_cut)
