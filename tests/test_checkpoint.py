@@ -24,7 +24,7 @@ from torch.nn import functional
 import lrf_lightning
 from lrf_lightning import CheckpointError, load_compressed, read_metadata, restore_dense
 from lrf_lightning.checkpoint import save_compressed
-from lrf_lightning.modules import LowRankLinear
+from lrf_lightning.modules import LowRankLinear, LowRankModule
 from lrf_lightning.weights_file import HEADER_KEY, read_header
 
 
@@ -50,6 +50,13 @@ def saved(tmp_path):
 
 
 class TestRoundTrip:
+    def test_files_of_the_first_version_load(self, saved):
+        """They know one order of a convolution's factors only, which their description does not name."""
+        result, folder = saved
+        assert not any(module.pointwise_first for module in result.model.modules() if isinstance(module, LowRankModule))
+        rewrite(folder / "model.safetensors", format_version=1)
+        assert torch.equal(load_compressed(Net().eval(), folder)(images()), result.model(images()))
+
     def test_outputs_are_equal_bit_for_bit(self, saved):
         result, path = saved
         dense = Net().eval()

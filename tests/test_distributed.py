@@ -133,7 +133,7 @@ def fails_to_decompose(rank, world, model):
         def broken(*args, **options):
             raise ArithmeticError("no convergence")
 
-        workspace.better_order = workspace.layer_factors = broken
+        workspace.best_order = broken
     return fails_in_the_loss(rank, world, model, -1)
 
 

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 # what is done, with its part of the time: whatever is slow shall not keep the rest from being done
 PARTS = {"measure ranks": 0.3, "predict": 0.5, "draw": 0.2}
 GRACE = 5.0  # seconds that a training may be prolonged at its end
-OPERATIONS = 1e10  # multiply-adds per second of a decomposition, on a modest processor
+OPERATIONS = 3e10  # multiply-adds per second of a decomposition, on a modest processor
 
 
 class RankMonitor(Callback):

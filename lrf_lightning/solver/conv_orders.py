@@ -25,6 +25,7 @@ are damped as in :mod:`lrf_lightning.solver.factorization`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 from lrf_lightning.solver.factorization import Factors, damped, factorize, relative_traces, roots
 from lrf_lightning.surgery import Candidate
 
-__all__ = ["best_factors", "better_order", "layer_factors"]
+__all__ = ["best_factors", "best_order", "layer_factors"]
 
 SHARES = (0.5, 0.25)  # of the dense layer's parameters at which the orders are compared
 RIDGE = 1e-10  # keeps regressions on dead channels solvable
@@ -78,16 +79,7 @@ def layer_factors(
     energy = (dual * right).sum(-1)
     dual = dual / torch.where(energy > 0, energy, 1.0)[..., None]
     left = torch.where(energy[:, None, :] > 0, plain @ dual.transpose(1, 2), 0.0)
-    factors = Factors(left, right, found.singular_values)
-    if not _is_regressed(candidate, input_moment):
-        return factors
-    assert input_moment is not None
-    inputs = damped(input_moment, damping) * relative_traces(input_moment)[..., None]
-    outputs = None
-    if output_moment is not None and output_moment.dim() == 3:
-        outputs = damped(output_moment, damping) * relative_traces(output_moment)[..., None]
-    truncated, best = _errors(target, factors, inputs, outputs, kernel)
-    return replace(factors, best_errors=best, gains=(best / truncated).clamp_max(1.0))
+    return Factors(left, right, found.singular_values)
 
 
 def best_factors(
@@ -120,35 +112,36 @@ def best_factors(
     return Factors(left, right, factors.singular_values).truncated(rank)
 
 
-def better_order(
-    candidate: Candidate,
+def best_order(
+    orders: Sequence[Candidate],
     target: Tensor,  # (g, m, n)
     input_moment: Tensor | None,
     output_moment: Tensor | None,
     *,
     damping: float,
 ) -> tuple[Candidate, Factors]:
-    """The order that leaves the smaller error in the metric with as many parameters, and its components.
+    """The order that leaves the smallest error in the metric with as many parameters, and its components.
 
     Compared are the mean logarithms of the errors at a half and a quarter of the dense layer's parameters.
 
     Args:
-        candidate: the layer, in any order; layers without a kernel have only one.
+        orders: the layer in the orders that come into question.
         target: its weight.
         input_moment: None for the identity.
         output_moment: None for the identity.
         damping: see :func:`~lrf_lightning.solver.factorization.factorize`.
     """
     found = []
-    for order in (candidate, candidate.reordered) if candidate.reordered.max_rank > 0 else (candidate,):
+    for order in orders:
         factors = layer_factors(order, target, input_moment, output_moment, damping=damping, max_rank=order.max_rank)
         errors = factors.relative_tail().square()
-        if factors.best_errors is not None:
-            errors = factors.best_errors
-        score = 0.0
-        for share in SHARES:
-            rank = min(int(share * order.dense_params / order.low_rank_params(1)), len(errors))
-            score += math.log(max(float(errors[rank - 1]), SMALLEST_ERROR)) if rank > 0 else 0.0
+        if _is_regressed(order, input_moment):
+            assert input_moment is not None
+            truncated, errors = _errors(target.double(), factors, input_moment, output_moment, damping, order.kernel)
+            factors = replace(factors, gains=(errors / truncated).clamp_max(1.0))
+        ranks = [min(int(share * order.dense_params / order.low_rank_params(1)), len(errors)) for share in SHARES]
+        # without a component everything is lost
+        score = sum(math.log(max(float(errors[rank - 1]), SMALLEST_ERROR)) for rank in ranks if rank > 0)
         found.append((score, order, factors))
     _, order, factors = min(found, key=lambda item: item[0])
     return order, factors
@@ -162,21 +155,25 @@ def _is_regressed(candidate: Candidate, input_moment: Tensor | None) -> bool:
 def _errors(
     target: Tensor,  # (g, m, n)
     factors: Factors,
-    inputs: Tensor,  # (g, n, n), damped
-    outputs: Tensor | None,  # (g, m, m), damped
+    input_moment: Tensor,  # (g, n, n)
+    output_moment: Tensor | None,  # (g, m, m) or (g, m)
+    damping: float,
     kernel: int,
 ) -> tuple[Tensor, Tensor]:
     """Relative squared errors in the metric at every rank, of the truncation and with the best kernels, each (r,)."""
+    inputs = damped(input_moment, damping) * relative_traces(input_moment)[..., None]
     gram, explained = _normal_equations(target, factors.right, inputs, kernel)
     rank = factors.right.shape[1]
     truncated = _by_outputs(factors.left, kernel)  # (g, m, r k)
     weighted, weighted_truncated = explained, truncated
     whole = target @ inputs @ target.transpose(1, 2)
-    if outputs is not None:
+    if output_moment is not None and output_moment.dim() == 3:
+        outputs = damped(output_moment, damping) * relative_traces(output_moment)[..., None]
         weighted, weighted_truncated, whole = (outputs @ product for product in (explained, truncated, whole))
     everything = float(whole.diagonal(dim1=1, dim2=2).sum())
-    if everything <= 0:
-        return torch.zeros(rank, dtype=gram.dtype), torch.zeros(rank, dtype=gram.dtype)
+    if everything <= 0:  # a zero weight
+        nothing = torch.full((rank,), SMALLEST_ERROR, dtype=gram.dtype)
+        return nothing, nothing
     # what the first r components explain, for all r: rows of the Cholesky factor's inverse are nested
     lower, _ = torch.linalg.cholesky_ex(gram)
     solved, solved_weighted = (

@@ -40,15 +40,14 @@ class Factors:
         left: shape (g, m, r), columns l_i.
         right: shape (g, r, n), rows r_i; the product of the first k columns and rows is the best matrix of rank k.
         singular_values: shape (g, min(m, n)), of the target in the metric, up to one factor common to all groups.
-        best_errors: relative squared error in the metric of the best left factor at every rank, shape (r,) on the CPU;
-            None where that is the truncated one. See :mod:`lrf_lightning.solver.conv_orders`.
-        gains: the same over the error of the truncated left factor, at most 1.
+        gains: squared error in the metric with the best left factor over that with the truncated one, at every rank,
+            shape (r,) on the CPU, at most 1; None where both are the same. See
+            :mod:`lrf_lightning.solver.conv_orders`.
     """
 
     left: Tensor
     right: Tensor
     singular_values: Tensor
-    best_errors: Tensor | None = None
     gains: Tensor | None = None
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:

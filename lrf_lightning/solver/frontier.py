@@ -286,7 +286,7 @@ def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, refe
     does not admit a bad model. Without another reference a change for the worse counts as a tie as well if its
     confidence bound is inside half the margin; the other half is for the difference between the splits.
     """
-    among_dense, reference = reference is None, reference or frontier.dense
+    inside_margin, reference = reference is None, reference or frontier.dense
     settings = frontier.work.settings
     if not point.ranks or point.params_model >= dense_params or not math.isfinite(point.loss_change):
         return False
@@ -297,19 +297,19 @@ def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, refe
     # the reference was found by looking for the lowest loss: its distance to the dense model is uncertain as well
     doubt = _paired_error(reference.losses - frontier.dense.losses, outcome.weights)
     error = max(_paired_error(outcome.losses - reference.losses, outcome.weights), doubt)
-    room = _room(settings, error, margin, among_dense=among_dense)
+    room = _room(settings, error, margin, inside_margin=inside_margin)
     if point.loss - reference.measurement().loss > settings.tolerance + room:
         return False
     if point.score_change is None or point.score_change_error is None:
         return True
-    room = _room(settings, point.score_change_error, settings.score_margin, among_dense=among_dense)
+    room = _room(settings, point.score_change_error, settings.score_margin, inside_margin=inside_margin)
     return point.score_change >= -settings.score_tolerance - room - 1e-12
 
 
-def _room(settings: Settings, error: float, margin: float, *, among_dense: bool) -> float:
+def _room(settings: Settings, error: float, margin: float, *, inside_margin: bool) -> float:
     """How far a figure may be off on the wrong side, given its standard error and the margin of the verdict."""
     noise = min(settings.ties * error, margin / 2)
-    certain = margin / 2 - NormalDist().inv_cdf(settings.confidence) * error if among_dense and settings.ties else 0.0
+    certain = margin / 2 - NormalDist().inv_cdf(settings.confidence) * error if inside_margin and settings.ties else 0.0
     return max(noise, certain)
 
 

@@ -176,7 +176,7 @@ class LayerStatistics:
     def set_order(self, *, pointwise_first: bool) -> None:
         """Set the order of a convolution's factors."""
         if self.candidate.pointwise_first != pointwise_first:
-            self.candidate = self.candidate.reordered
+            self.candidate = replace(self.candidate, pointwise_first=pointwise_first)
             self.reader = row_reader(self.candidate)
 
     def use(self, *, transposed: bool) -> LayerStatistics | TiedUse:

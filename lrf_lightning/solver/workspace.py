@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes, assigned
 from lrf_lightning.modules import LowRankModule
-from lrf_lightning.solver.conv_orders import best_factors, better_order, layer_factors
+from lrf_lightning.solver.conv_orders import best_factors, best_order
 from lrf_lightning.solver.curves import Prediction
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
 from lrf_lightning.solver.factorization import Factors, decomposition_cost
@@ -214,15 +214,10 @@ class Workspace:
         settings, candidate = self.settings, layer.candidate
         inputs = None if settings.metric == "euclidean" else layer.inputs.mean
         outputs = layer.gradients.mean if settings.metric == "fisher" else None
-        target, damping = candidate.matrices(), settings.damping
-        if settings.conv_order == "best" and candidate.kernel > 1:
-            return better_order(candidate, target, inputs, outputs, damping=damping)
-        wanted = settings.conv_order == "pointwise_first" and candidate.kernel > 1
-        if wanted and not candidate.pointwise_first and candidate.reordered.max_rank > 0:
-            candidate = candidate.reordered
-        return candidate, layer_factors(
-            candidate, target, inputs, outputs, damping=damping, max_rank=candidate.max_rank
-        )
+        wanted = {"best": (False, True), "kernel_first": (False,), "pointwise_first": (True,)}[settings.conv_order]
+        orders = [replace(candidate, pointwise_first=order) for order in wanted if candidate.kernel > 1]
+        orders = [order for order in orders if order.max_rank > 0] or [candidate]
+        return best_order(orders, candidate.matrices(), inputs, outputs, damping=settings.damping)
 
     def stand_in(self, layer: LayerStatistics, factors: Factors, rank: int) -> LowRankModule:
         """The low-rank layer of a rank, from components of the weight itself."""

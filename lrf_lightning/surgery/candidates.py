@@ -65,11 +65,9 @@ class Candidate:
     @property
     def sides(self) -> tuple[int, int]:
         """Output and input side of the matrix of one group that is factorized."""
-        return (
-            (self.rows * self.kernel, self.columns // self.kernel)
-            if self.pointwise_first
-            else (self.rows, self.columns)
-        )
+        if not self.pointwise_first:
+            return self.rows, self.columns
+        return self.rows * self.kernel, self.columns // self.kernel
 
     @property
     def full_rank(self) -> int:
@@ -89,11 +87,6 @@ class Candidate:
     def max_rank(self) -> int:
         """The largest rank at which the factors hold fewer entries than the dense weight, 0 if there is none."""
         return min((self.rows * self.columns - 1) // sum(self.sides), self.full_rank)
-
-    @property
-    def reordered(self) -> Candidate:
-        """The same layer with its factors in the other order."""
-        return replace(self, pointwise_first=not self.pointwise_first)
 
     def stand_in(self, left: Tensor, right: Tensor) -> LowRankModule:
         """The low-rank layer with these factors, shapes (groups, sides[0], rank) and (groups, rank, sides[1])."""

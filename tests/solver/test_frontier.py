@@ -10,7 +10,7 @@ from lrf_lightning.solver.frontier import _room
 
 
 @pytest.mark.parametrize(
-    ("error", "among_dense", "ties", "room"),
+    ("error", "inside_margin", "ties", "room"),
     [
         (1e-9, True, 1.0, 0.005),  # the bound is all but the change itself: half the margin
         (0.001, True, 1.0, 0.005 - 1.6448536 * 0.001),
@@ -21,8 +21,8 @@ from lrf_lightning.solver.frontier import _room
         (0.002, True, 0.0, 0.0),  # at face value
     ],
 )
-def test_room_for_a_change_for_the_worse(error, among_dense, ties, room):
-    assert _room(Settings(ties=ties), error, 0.01, among_dense=among_dense) == pytest.approx(room, rel=1e-6)
+def test_room_for_a_change_for_the_worse(error, inside_margin, ties, room):
+    assert _room(Settings(ties=ties), error, 0.01, inside_margin=inside_margin) == pytest.approx(room, rel=1e-6)
 
 
 def per_sample(model, batch):
