@@ -97,7 +97,8 @@ def _draw(ax: Axes, points: Sequence[Row], name: str, label: str, colour: str, m
     )  # fmt: skip
     held = [(a, b) for a, b, row in zip(x, y, shown, strict=True) if row["not_worse"]]
     if held:
-        ax.plot(*zip(*held, strict=True), marker=marker, markersize=5, color=colour, linestyle="none")
+        # matplotlib draws the line of error bars a little above other lines
+        ax.plot(*zip(*held, strict=True), marker=marker, markersize=5, color=colour, linestyle="none", zorder=3)
 
 
 def _finite(value: float | None) -> bool:

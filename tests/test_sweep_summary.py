@@ -99,6 +99,10 @@ def test_the_picture_has_one_series_per_setting_that_is_no_size(sweep):
     first = loss.containers[0][0]
     assert list(first.get_xdata()) == pytest.approx([50, 20], abs=0.1)
     assert list(first.get_ydata()) == [tiny_result().certificate.loss_change.mean] * 2
+    (held,) = [
+        line for line in loss.lines if line.get_linestyle() == "None" and line.get_zorder() > first.get_zorder()
+    ][:1]
+    assert held.get_markerfacecolor() == held.get_color(), "jobs that are not worse are filled, above the hollow ones"
 
 
 def test_many_series_stay_readable(sweep):
