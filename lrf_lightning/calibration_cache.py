@@ -158,7 +158,7 @@ def _packed(work: Workspace) -> bytes:
         {
             "layers": [(name, _dump(layer)) for name, layer in work.layers.items()],
             "skipped": [dataclasses.asdict(skipped) for skipped in work.skipped],
-            "pointwise_first": [name for name, layer in work.layers.items() if layer.candidate.pointwise_first],
+            "splits": {name: layer.candidate.split for name, layer in work.layers.items()},
             "curves": {name: _dump(curve) for name, curve in work.curves.items()},
             "sampler": [sampler.rows_per_feature, sampler.samples, sampler.seed],
             "batches": work.batches,
@@ -176,7 +176,7 @@ def _unpack(work: Workspace, candidates: list[Candidate], content: Mapping[str, 
     layers = {}
     for name, stored in content["layers"]:
         layers[name] = empty_statistics(work.model, by_name[name])
-        layers[name].set_order(pointwise_first=name in content["pointwise_first"])
+        layers[name].set_order(content["splits"][name])
         _fill(layers[name], stored)
     curves = {name: _curve(stored) for name, stored in content["curves"].items()}
     sampler, skipped = RowSampler(*content["sampler"]), [Skipped(**stored) for stored in content["skipped"]]

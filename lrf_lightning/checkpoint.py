@@ -24,7 +24,7 @@ from lrf_lightning.module_versions import with_versions
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.solver.result import Solution
-from lrf_lightning.structure_hook import LowRankCheckpointMixin, pointwise_first_in, register_structure_hook
+from lrf_lightning.structure_hook import LowRankCheckpointMixin, register_structure_hook, splits_in
 from lrf_lightning.surgery import low_rank_type, restore_dense_structure, set_structure
 from lrf_lightning.surgery.kinds import LOW_RANK_OF
 from lrf_lightning.weights_file import pack, read_header, unpack
@@ -112,7 +112,7 @@ def load_compressed(model: nn.Module | Callable[[], nn.Module], path: AnyPath) -
     new = _fresh(model)
     _check_layers(new, record, file)
     try:
-        set_structure(new, record["ranks"], pointwise_first_in(state))
+        set_structure(new, record["ranks"], splits_in(state))
     except ValueError as error:
         raise CheckpointError(f"{file} does not fit {type(new).__name__}: {error}") from error
     _check_entries(new, state, file)

@@ -20,7 +20,7 @@ from lrf_lightning.solver.result import LayerCurve, LayerResult, Solution
 
 __all__ = ["FORMAT_VERSION", "CheckpointError", "check_record", "describe", "parse_record", "to_json"]
 
-FORMAT_VERSION = 2  # 2: convolutions may have the factor of size 1 first
+FORMAT_VERSION = 3  # 2: the factor of size 1 of a convolution may come first; 3: both may have a part of its kernel
 CURVE_POINTS = 64
 CURVE_LISTS = ("ranks", "first_order", "standard_error", "curvature", "predicted", "perturbation", "allowed")
 
@@ -34,7 +34,7 @@ def describe(solution: Solution) -> dict[str, Any]:
 
     Returns:
         ``format_version``, ``library_version``, ``ranks`` of all low-rank layers by name, ``factorized`` (their kind,
-        shape of the dense weight, rank, and ``pointwise_first`` where it is true), ``layers``, ``frontier``, ``dense``
+        shape of the dense weight, rank, and ``split`` where it has one), ``layers``, ``frontier``, ``dense``
         (on the selection split), ``certificate``, ``settings``, ``params_model``, ``params_layers``, ``flops_layers``
         and ``latency_layers`` (before and after), ``message``, ``seconds`` and ``samples``.
     """
@@ -112,7 +112,7 @@ def _factorized(model: nn.Module) -> dict[str, dict[str, Any]]:
             dense = module.to_dense()
             shape = [int(size) for size in dense.get_parameter("weight").shape]
             found[name] = {"kind": type(dense).__name__, "shape": shape, "rank": int(module.rank)}
-            found[name] |= {"pointwise_first": True} if module.pointwise_first else {}
+            found[name] |= {} if module.split is None else {"split": module.split}
     return found
 
 

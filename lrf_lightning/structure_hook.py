@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lrf_lightning.modules import LowRankModule, SplitAttention
 from lrf_lightning.surgery import set_structure
 
-__all__ = ["LowRankCheckpointMixin", "follow_structure", "pointwise_first_in", "ranks_in", "register_structure_hook"]
+__all__ = ["LowRankCheckpointMixin", "follow_structure", "ranks_in", "register_structure_hook", "splits_in"]
 
 LEFT, RIGHT = ".left_factor", ".right_factor"
 
@@ -70,13 +70,17 @@ def ranks_in(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, int]:
     return ranks
 
 
-def pointwise_first_in(state_dict: Mapping[str, Any], prefix: str = "") -> set[str]:
-    """The factorized convolutions in a state dict whose kernel belongs to the left factor, by name."""
+def splits_in(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, int]:
+    """The order of those factorized convolutions in a state dict that have a kernel in the left factor, by name.
 
-    def has_kernel(name: str, side: str) -> bool:
-        return any(size > 1 for size in state_dict[f"{prefix}{name}{side}"].shape[2:])
-
-    return {name for name in ranks_in(state_dict, prefix) if has_kernel(name, LEFT) and not has_kernel(name, RIGHT)}
+    Dimensions without a kernel say nothing: along them, both orders are the same.
+    """
+    found: dict[str, int] = {}
+    for name in ranks_in(state_dict, prefix):
+        first, last = (state_dict[f"{prefix}{name}{side}"].shape[2:] for side in (RIGHT, LEFT))
+        if any(size > 1 for size in last):
+            found[name] = max((axis + 1 for axis, size in enumerate(first) if size > 1), default=0)
+    return found
 
 
 def follow_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
@@ -89,15 +93,15 @@ def follow_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     ranks = {name: rank for name, rank in ranks_in(state_dict, prefix).items() if _can_follow(modules, name)}
-    pointwise_first = pointwise_first_in(state_dict, prefix)
+    splits = splits_in(state_dict, prefix)
     for name, module in modules.items():
         if isinstance(module, LowRankModule) and name not in ranks:
             parent = modules[name.rpartition(".")[0]]
             sites = [(name, module)] + ([(name.rpartition(".")[0], parent)] if _is_attention(parent) else [])
             if not any(_has_foreign_entries(state_dict, f"{prefix}{site}.", layer) for site, layer in sites):
                 ranks[name] = module.rank
-                pointwise_first |= {name} if module.pointwise_first else set()
-    set_structure(model, ranks, pointwise_first)
+                splits |= {} if module.split is None else {name: module.split}
+    set_structure(model, ranks, splits)
 
 
 def _structure_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -40,7 +40,7 @@ def layer_rows(result: Solution) -> list[Row]:
             "layer": layer.name,
             "kind": layer.kind,
             "shape": "x".join(map(str, layer.shape)),
-            "pointwise_first": layer.pointwise_first,
+            "order": layer.order,
             "full_rank": layer.full_rank or None,
             "rank": layer.rank,
             "params_before": layer.params_before,

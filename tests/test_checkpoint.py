@@ -53,7 +53,9 @@ class TestRoundTrip:
     def test_files_of_the_first_version_load(self, saved):
         """They know one order of a convolution's factors only, which their description does not name."""
         result, folder = saved
-        assert not any(module.pointwise_first for module in result.model.modules() if isinstance(module, LowRankModule))
+        assert not any(
+            module.split is not None for module in result.model.modules() if isinstance(module, LowRankModule)
+        )
         rewrite(folder / "model.safetensors", format_version=1)
         assert torch.equal(load_compressed(Net().eval(), folder)(images()), result.model(images()))
 
@@ -240,7 +242,7 @@ class TestMetadata:
         assert record["settings"]["objective"] == "lossless"
         assert record["params_model"] == list(result.params_model)
         assert record["library_version"] == lrf_lightning.__version__
-        assert record["format_version"] == 2
+        assert record["format_version"] == 3
 
     def test_numbers_that_json_lacks_are_strings_that_float_understands(self, saved):
         text = (saved[1] / "compression.json").read_text()
@@ -290,9 +292,9 @@ class TestRefusals:
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
     def test_future_version(self, saved):
-        rewrite(saved[1] / "model.safetensors", format_version=3, library_version="9.9")
-        self.check(saved[1], r"format version 3, written by lrf_lightning 9\.9.*reads up to 2\. Update lrf_lightning")
-        with pytest.raises(CheckpointError, match="format version 3"):
+        rewrite(saved[1] / "model.safetensors", format_version=4, library_version="9.9")
+        self.check(saved[1], r"format version 4, written by lrf_lightning 9\.9.*reads up to 3\. Update lrf_lightning")
+        with pytest.raises(CheckpointError, match="format version 4"):
             read_metadata(saved[1])
 
     @pytest.mark.parametrize("version", [None, "1", True, 0])

@@ -437,7 +437,7 @@ class TestWriting:
 
         fitted(plugins=[Noted()])
         assert [os.path.basename(path) for path in written] == ["compressed.ckpt"]
-        assert read_metadata("out/compressed.ckpt")["format_version"] == 2
+        assert read_metadata("out/compressed.ckpt")["format_version"] == 3
 
 
 class Mixed(LowRankCheckpointMixin, Classifier):

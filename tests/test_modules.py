@@ -41,15 +41,15 @@ class Conformance:
 
     kind: type[LowRankModule]
     cases: dict
-    pointwise_first = False
+    split = None
 
     def matrices(self, dense: nn.Module):
         """The weight as the matrices that are factorized."""
         matrices = self.kind.matrices(dense)
-        if not self.pointwise_first:
+        if self.split is None:
             return matrices
         groups, rows, _ = matrices.shape
-        by_entry = matrices.reshape(groups, rows, -1, math.prod(dense.kernel_size))
+        by_entry = matrices.reshape(groups, rows, -1, math.prod(dense.kernel_size[self.split :]))
         return by_entry.transpose(2, 3).reshape(groups, -1, by_entry.shape[2])
 
     def decomposed(self, dense: nn.Module):
@@ -58,10 +58,10 @@ class Conformance:
         return left * values[:, None], right
 
     def factorized(self, dense: nn.Module, left, right) -> LowRankModule:
-        return factorized(dense, left, right, pointwise_first=self.pointwise_first)
+        return factorized(dense, left, right, split=self.split)
 
     def like(self, dense: nn.Module, rank: int) -> LowRankModule:
-        return self.kind.like(dense, rank, pointwise_first=self.pointwise_first)
+        return self.kind.like(dense, rank, split=self.split)
 
     def truncated(self, dense: nn.Module, rank: int) -> LowRankModule:
         left, right = self.decomposed(dense)
@@ -297,15 +297,27 @@ class TestConv3d(ChannelsLast, ConvConformance):
 
 
 class TestConv1dPointwiseFirst(TestConv1d):
-    pointwise_first = True
+    split = 0
 
 
 class TestConv2dPointwiseFirst(TestConv2d):
-    pointwise_first = True
+    split = 0
 
 
 class TestConv3dPointwiseFirst(TestConv3d):
-    pointwise_first = True
+    split = 0
+
+
+class TestConv2dSpatialSplit(TestConv2d):
+    split = 1
+
+
+class TestConv3dColumnFirst(TestConv3d):
+    split = 1
+
+
+class TestConv3dRowLast(TestConv3d):
+    split = 2
 
 
 class TransposedConformance(ConvConformance):

@@ -6,8 +6,9 @@ import torch
 from compressed_models import RANKS, Net, compressed
 from torch import nn
 
-from lrf_lightning.modules import LowRankLinear, LowRankModule, SplitAttention
-from lrf_lightning.structure_hook import ranks_in, register_structure_hook
+from lrf_lightning.modules import LowRankConv2d, LowRankLinear, LowRankModule, SplitAttention
+from lrf_lightning.structure_hook import ranks_in, register_structure_hook, splits_in
+from lrf_lightning.surgery import replace_module
 
 
 def hooked(model):
@@ -29,6 +30,24 @@ def test_ranks_are_read_from_the_shapes():
     assert ranks_in(state) == {"a.conv": 3, "a.body": 4, "b.head": 2}
     assert ranks_in(state, "a.") == {"conv": 3, "body": 4}
     assert ranks_in(Net().state_dict()) == {}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "split", "found"), [(3, None, None), (3, 0, 0), (3, 1, 1), ((3, 1), 0, 0), ((1, 3), 1, 0)]
+)
+def test_the_order_of_the_factors_is_read_from_the_shapes(kernel, split, found):
+    dense = nn.ModuleDict({"conv": nn.Conv2d(4, 6, kernel, stride=2, padding=1, bias=False)})
+    low = copy.deepcopy(dense)
+    replace_module(low, "conv", LowRankConv2d.like(dense["conv"], 2, split=split))
+    for factor in low.parameters():
+        nn.init.normal_(factor)
+    state = low.state_dict()
+    assert splits_in(state) == ({} if found is None else {"conv": found})
+    for start in (dense, low):
+        model = hooked(copy.deepcopy(start))
+        model.load_state_dict(state)
+        x = torch.randn(2, 4, 9, 8)
+        torch.testing.assert_close(model["conv"](x), low["conv"](x))
 
 
 def test_the_structure_follows_in_every_direction():

@@ -79,10 +79,38 @@ class TestFindLayers:
         for rank in (1, candidate.max_rank, candidate.max_rank + 1):
             if rank > candidate.full_rank:
                 continue
-            low = low_rank_type(dense).like(dense, rank)
+            low = low_rank_type(dense).like(dense, rank, split=candidate.split)
             params = low.left_factor.numel() + low.right_factor.numel()
             assert params == candidate.low_rank_params(rank)
             assert (params < candidate.dense_params) == (rank <= candidate.max_rank)
+
+    def test_orders_of_a_convolution(self):
+        def orders(conv, wanted="best"):
+            candidates, _ = find_layers(nn.ModuleDict({"layer": conv}), conv_order=wanted)
+            return [(order.order, order.split, order.sides) for found in candidates for order in found.orders(wanted)]
+
+        plain = nn.Conv2d(8, 6, (3, 2))
+        kernel, pointwise, split = (
+            ("kernel_first", None, (6, 48)),
+            ("pointwise_first", 0, (36, 8)),
+            ("spatial_split", 1, (12, 24)),
+        )
+        assert orders(plain) == [kernel, pointwise, split]
+        assert [orders(plain, order[0]) for order in (kernel, pointwise, split)] == [[kernel], [pointwise], [split]]
+        assert [split for _, split, _ in orders(nn.Conv3d(8, 8, 3))] == [None, 0, 1, 2]
+        # a kernel in one dimension has nothing to split, a single entry no order at all
+        for conv in (nn.Conv1d(8, 8, 3), nn.Conv2d(8, 8, (1, 3))):
+            assert [name for name, _, _ in orders(conv)] == ["kernel_first", "pointwise_first"]
+            assert [name for name, _, _ in orders(conv, "spatial_split")] == ["kernel_first"]
+        assert orders(nn.Conv2d(8, 8, 1), "pointwise_first") == [(None, None, (8, 8))]
+        assert orders(nn.ConvTranspose2d(8, 8, 3), "pointwise_first")[0][:2] == (None, None)
+
+    def test_one_output_channel_saves_in_other_orders(self):
+        model = nn.ModuleDict({"layer": nn.Conv2d(16, 1, 3)})
+        (candidate,), _ = find_layers(model)
+        assert [order.order for order in candidate.orders()] == ["pointwise_first", "spatial_split"]
+        assert candidate.max_rank > 0
+        assert reasons(model, conv_order="kernel_first") == {"layer": "no rank saves parameters (1 x 1 x 144)"}
 
     def test_what_cannot_be_factorized_is_listed_with_the_reason(self):
         model = nn.ModuleDict(

@@ -123,8 +123,8 @@ class LowRankCompression(Callback):
         prediction: what the allocation trusts, the change of the ``loss`` or the lost ``energy`` of the weights.
         probes: whether the perturbation range is found by measuring a few truncations.
         compensation: whether factors are fitted to the inputs that they will really see.
-        conv_order: what comes first in a factorized convolution, ``kernel_first``, ``pointwise_first``, or ``best``:
-            whichever leaves the smaller error, for every layer.
+        conv_order: order of a convolution's factors, ``kernel_first``, ``pointwise_first``, ``spatial_split``, or
+            ``best``: whichever leaves the smallest error, for every layer.
         batch_norm: whether statistics of batch norms are estimated anew where the selection split shows that it helps.
         damping: relative damping of second moments.
         first_order_errors: standard errors by which first-order terms are shrunk.

@@ -14,7 +14,9 @@ class LowRankModule(nn.Module):
     Attributes:
         rank: number of components that are kept, at least 1 and common to all groups.
         groups: number of blocks on the diagonal of the dense weight, 1 for a linear layer.
-        pointwise_first: whether this is a convolution whose kernel belongs to the left factor.
+        split: number of leading spatial dimensions whose kernel belongs to the right factor of a convolution, while
+            that of the others belongs to the left one; None if the right factor has the whole kernel, and for layers
+            of other kinds.
         left_factor: shape (out, rank, ...).
         right_factor: shape (groups * rank, in / groups, ...).
         bias: as in the dense layer, None if it has none.
@@ -22,7 +24,7 @@ class LowRankModule(nn.Module):
 
     rank: int
     groups: int
-    pointwise_first: bool = False
+    split: int | None = None
     left_factor: nn.Parameter
     right_factor: nn.Parameter
     bias: nn.Parameter | None
@@ -33,13 +35,13 @@ class LowRankModule(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def like(cls, dense: nn.Module, rank: int, *, pointwise_first: bool = False) -> LowRankModule:
+    def like(cls, dense: nn.Module, rank: int, *, split: int | None = None) -> LowRankModule:
         """An uninitialised low-rank layer with the geometry, dtype, device and bias of ``dense``.
 
         Args:
             dense: a layer of the kind that this class stands in for.
             rank: number of components.
-            pointwise_first: the order of the factors of a convolution; other kinds have only one.
+            split: see the attribute; it means nothing to kinds that have none.
 
         Raises:
             ValueError: if the rank is not within 1 and the full rank.
@@ -63,8 +65,8 @@ class LowRankModule(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Both factors as matrices, shapes (groups, output side, rank) and (groups, rank, input side).
 
-        Their product equals :meth:`matrices` of the dense layer; that of a convolution with ``pointwise_first`` is the
-        same weight as matrices (groups, out * kernel, in).
+        Their product equals :meth:`matrices` of the dense layer; that of a convolution with a ``split`` is the same
+        weight with those entries of the kernel on the output side that belong to the left factor.
         """
         return (
             self.left_factor.reshape(self.groups, -1, self.rank),

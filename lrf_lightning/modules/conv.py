@@ -1,12 +1,16 @@
 """Low-rank stand-ins for ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
 
-The unfolded weight of one group is a matrix (out_channels / groups, in_channels / groups * prod(kernel_size)); all
-groups have the same rank. The kernel belongs to one of the factors, the other one is a grouped convolution of size 1:
+Both factors are grouped convolutions, and all groups have the same rank. Every spatial dimension belongs to one of the
+factors, with its kernel size, stride, padding and dilation; along that dimension the other factor has size 1. The first
+``split`` dimensions belong to the right factor, which is applied first, and the others to the left one:
 
-* by default to the right one, so that the layer computes ``groups * rank`` channels with the original kernel, stride,
-  padding and dilation first and mixes them afterwards. What is truncated is the space of the outputs.
-* to the left one with ``pointwise_first``: channels are mixed first. What is truncated is the space of the input
-  channels; the factors are those of the matrix (out_channels / groups * prod(kernel_size), in_channels / groups).
+* by default all belong to the right one: ``groups * rank`` channels are computed with the whole kernel and mixed
+  afterwards. What is truncated is the space of the outputs, the weight as a matrix (m, c k) of a group's m outputs, c
+  input channels and k entries of the kernel.
+* with ``split=0`` all belong to the left one: channels are mixed before the kernel is applied. What is truncated is
+  the space of the input channels, the matrix (m k, c).
+* between them, ``split=1`` in two dimensions is a column k x 1 followed by a row 1 x k (Jaderberg et al. 2014, Speeding
+  up Convolutional Neural Networks with Low Rank Expansions), the matrix (m k2, c k1).
 """
 
 from __future__ import annotations
@@ -25,22 +29,25 @@ __all__ = ["LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankConvNd"]
 
 
 class LowRankConvNd(LowRankModule):
-    """A convolution whose weight, unfolded in one of two ways, has rank ``rank`` in every group.
+    """A convolution whose weight, unfolded in one of several ways, has rank ``rank`` in every group.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: size of the kernel, one entry per spatial dimension.
         rank: number of components per group, from 1 to the smaller side of a group's unfolded weight.
-        pointwise_first: whether the factor of size 1 comes first.
-        stride: stride of the spatial factor, 1 by default.
-        padding: padding of the spatial factor, one entry per dimension or one of ``"same"`` and ``"valid"``.
-        dilation: dilation of the spatial factor, 1 by default.
+        split: number of leading spatial dimensions that belong to the right factor, all for None.
+        stride: stride of the whole, 1 by default.
+        padding: padding of the whole, one entry per dimension or one of ``"same"`` and ``"valid"``.
+        dilation: dilation of the whole, 1 by default.
         groups: groups of both factors.
         bias: whether the layer adds a bias of shape (out_channels,).
         padding_mode: as for ``nn.Conv2d``.
         device: device of the parameters.
         dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: if the rank or the split is out of range.
     """
 
     dense_type: ClassVar[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]]
@@ -53,7 +60,7 @@ class LowRankConvNd(LowRankModule):
         kernel_size: Sequence[int],
         rank: int,
         *,
-        pointwise_first: bool = False,
+        split: int | None = None,
         stride: Sequence[int] | int = 1,
         padding: Sequence[int] | str = "valid",
         dilation: Sequence[int] | int = 1,
@@ -65,9 +72,11 @@ class LowRankConvNd(LowRankModule):
     ) -> None:
         super().__init__()
         kernel_size = tuple(kernel_size)
-        entries = math.prod(kernel_size)
-        sides = (entries, 1) if pointwise_first else (1, entries)
-        check_rank(rank, min(out_channels // groups * sides[0], in_channels // groups * sides[1]))
+        dims = len(kernel_size)
+        if split is not None and not 0 <= split <= dims:
+            raise ValueError(f"split={split} is outside 0..{dims}, the number of spatial dimensions")
+        first, last = kernel_size[:split], () if split is None else kernel_size[split:]
+        check_rank(rank, min(out_channels // groups * math.prod(last), in_channels // groups * math.prod(first)))
         # the dense layer's own constructor checks the options and works out the borders that F.pad needs
         geometry = self.dense_type(
             in_channels=groups,
@@ -82,26 +91,25 @@ class LowRankConvNd(LowRankModule):
         )
         self.in_channels, self.out_channels, self.kernel_size, self.rank = in_channels, out_channels, kernel_size, rank
         self.stride, self.padding, self.dilation = geometry.stride, geometry.padding, geometry.dilation
-        self.groups, self.padding_mode, self.pointwise_first = groups, padding_mode, pointwise_first
+        self.groups, self.padding_mode, self.split = groups, padding_mode, None if split == dims else split
         self._borders: list[int] = list(geometry._reversed_padding_repeated_twice)
-        ones = (1,) * len(kernel_size)
-        first, last = (ones, kernel_size) if pointwise_first else (kernel_size, ones)
+        right, left = (*first, *(1,) * (dims - len(first))), (*(1,) * (dims - len(last)), *last)
         self.right_factor = nn.Parameter(
-            torch.empty(groups * rank, in_channels // groups, *first, device=device, dtype=dtype)
+            torch.empty(groups * rank, in_channels // groups, *right, device=device, dtype=dtype)
         )
-        self.left_factor = nn.Parameter(torch.empty(out_channels, rank, *last, device=device, dtype=dtype))
+        self.left_factor = nn.Parameter(torch.empty(out_channels, rank, *left, device=device, dtype=dtype))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         )
 
     @classmethod
-    def like(cls, dense: nn.Module, rank: int, *, pointwise_first: bool = False) -> LowRankConvNd:
+    def like(cls, dense: nn.Module, rank: int, *, split: int | None = None) -> LowRankConvNd:
         """See :meth:`LowRankModule.like`; the memory format is kept too."""
         assert isinstance(dense, cls.dense_type)
         weight = dense.weight
         new = cls(
             rank=rank,
-            pointwise_first=pointwise_first,
+            split=split,
             **_geometry(dense),
             bias=dense.bias is not None,
             device=weight.device,
@@ -118,13 +126,13 @@ class LowRankConvNd(LowRankModule):
     def factors(self) -> tuple[Tensor, Tensor]:
         """See :meth:`LowRankModule.factors`."""
         left, right = super().factors()
-        if self.pointwise_first:
+        if self.split is not None:
             left = self.left_factor.reshape(self.groups, self.out_channels // self.groups, self.rank, -1)
             left = left.transpose(2, 3).reshape(self.groups, -1, self.rank)
         return left, right
 
     def _copy_factors(self, left: Tensor, right: Tensor) -> None:
-        if self.pointwise_first:
+        if self.split is not None:
             left = left.reshape(self.out_channels, -1, self.rank).transpose(1, 2)
         super()._copy_factors(left, right)
 
@@ -133,24 +141,32 @@ class LowRankConvNd(LowRankModule):
         """The product of the factors, shape (out_channels, in_channels / groups, *kernel_size)."""
         left, right = self.factors()
         product, shape = left @ right, (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        if self.pointwise_first:
-            product = product.reshape(self.out_channels, -1, self.in_channels // self.groups).transpose(1, 2)
+        if self.split is not None:  # entries of the left factor's part of the kernel come last
+            product = product.reshape(self.out_channels, -1, right.shape[-1]).transpose(1, 2)
         return product.reshape(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in_channels, *size), or the same without a batch, to the output of the dense layer's shape."""
-        if self.pointwise_first:  # borders of zeros, mirrored or repeated ones are the same after mixing channels
-            x = self._convolve(x, self.right_factor, groups=self.groups)
-            return self._spatial(x, self.left_factor, self.bias)
-        return self._convolve(
-            self._spatial(x, self.right_factor, None), self.left_factor, self.bias, groups=self.groups
-        )
+        dims = len(self.kernel_size)
+        split = dims if self.split is None else self.split
+        # borders of zeros, mirrored or repeated ones are the same after a linear map along the other dimensions
+        return self._along(split, dims, self._along(0, split, x, self.right_factor, None), self.left_factor, self.bias)
 
-    def _spatial(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
+    def _along(self, start: int, stop: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply a factor that has the spatial dimensions from ``start`` to ``stop``."""
+        dims, padding = len(self.kernel_size), self.padding
+
+        def own(sizes: Sequence[int], other: int) -> tuple[int, ...]:
+            return tuple(size if start <= axis < stop else other for axis, size in enumerate(sizes))
+
+        if not isinstance(padding, str):
+            padding = own(padding, 0)
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._borders, mode=self.padding_mode), (0,) * len(self.kernel_size)
-        return self._convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+            # F.pad takes the last dimension first
+            borders = self._borders[2 * (dims - stop) : 2 * (dims - start)] + [0] * (2 * start)
+            borders = [0] * (2 * dims - len(borders)) + borders
+            x, padding = F.pad(x, borders, mode=self.padding_mode), (0,) * dims
+        return self._convolve(x, weight, bias, own(self.stride, 1), padding, own(self.dilation, 1), self.groups)
 
     def to_dense(self) -> nn.Module:
         """See :meth:`LowRankModule.to_dense`."""
@@ -160,8 +176,10 @@ class LowRankConvNd(LowRankModule):
             device=self.left_factor.device,
             dtype=self.left_factor.dtype,
         )
-        kernel = self.left_factor if self.pointwise_first else self.right_factor
-        dense.to(memory_format=memory_format(kernel))  # type: ignore[call-overload]
+        layouts = {memory_format(factor) for factor in (self.left_factor, self.right_factor)}
+        # a factor without a kernel, or with one component, has no layout of its own
+        layout = next((layout for layout in layouts if layout != torch.contiguous_format), torch.contiguous_format)
+        dense.to(memory_format=layout)  # type: ignore[call-overload]
         self._fill(dense)
         return dense
 
@@ -169,7 +187,7 @@ class LowRankConvNd(LowRankModule):
         """The geometry and the rank."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}, "
-            f"pointwise_first={self.pointwise_first}, "
+            f"split={self.split}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
             f"bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
         )

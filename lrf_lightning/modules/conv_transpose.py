@@ -88,7 +88,7 @@ class LowRankConvTransposeNd(LowRankModule):
         )
 
     @classmethod
-    def like(cls, dense: nn.Module, rank: int, *, pointwise_first: bool = False) -> LowRankConvTransposeNd:
+    def like(cls, dense: nn.Module, rank: int, *, split: int | None = None) -> LowRankConvTransposeNd:
         """See :meth:`LowRankModule.like`; the memory format is kept too."""
         assert isinstance(dense, cls.dense_type)
         weight = dense.weight

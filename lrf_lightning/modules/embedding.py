@@ -49,7 +49,7 @@ class LowRankEmbedding(LowRankModule):
         self.register_parameter("bias", None)
 
     @classmethod
-    def like(cls, dense: nn.Module, rank: int, *, pointwise_first: bool = False) -> LowRankEmbedding:
+    def like(cls, dense: nn.Module, rank: int, *, split: int | None = None) -> LowRankEmbedding:
         """See :meth:`LowRankModule.like`."""
         assert isinstance(dense, nn.Embedding)
         return cls(

@@ -38,7 +38,7 @@ class LowRankLinear(LowRankModule):
         )
 
     @classmethod
-    def like(cls, dense: nn.Module, rank: int, *, pointwise_first: bool = False) -> LowRankLinear:
+    def like(cls, dense: nn.Module, rank: int, *, split: int | None = None) -> LowRankLinear:
         """See :meth:`LowRankModule.like`."""
         assert isinstance(dense, nn.Linear)
         weight = dense.weight
@@ -114,7 +114,7 @@ class LowRankTransposedLinear(LowRankLinear):
         self.dense_type = dense_type
 
     @classmethod
-    def like(cls, dense: nn.Module, rank: int, *, pointwise_first: bool = False) -> LowRankTransposedLinear:
+    def like(cls, dense: nn.Module, rank: int, *, split: int | None = None) -> LowRankTransposedLinear:
         """See :meth:`LowRankModule.like`."""
         weight = dense._parameters["weight"]
         assert weight is not None

@@ -1,13 +1,17 @@
-r"""The two orders in which a convolution can be factorized, and which one is better for a layer.
+r"""The orders in which a convolution can be factorized, and which one is best for a layer.
 
 The weight of one group is W of shape (m, c, k): outputs, input channels, entries of the kernel. *Kernel first*
 truncates the matrix (m, c k), the space of the outputs, in closed form in the metric of the patches' moment
-A (c k x c k) and of the output gradients' moment S (m x m). *Pointwise first* truncates the matrix (m k, c), the space
-of the input channels: W_a ~ H_a V for every entry a of the kernel. Behind a rectifier the channels are positive and
-strongly correlated, so that a few directions hold most of their energy; there this order is far better at equal size.
+A (c k x c k) and of the output gradients' moment S (m x m). The other orders give a part of the kernel, its last
+dimensions with l entries in all, to the left factor, and truncate the matrix (m l, d) with d = c k / l:
 
-For pointwise first the metric does not factor into the two sides of the matrix. V comes from the nearest one that does:
-the mean over the kernel's entries of the channels' moment, C, and S for every entry,
+* *pointwise first*, l = k: the space of the input channels. Behind a rectifier the channels are positive and strongly
+  correlated, so that a few directions hold most of their energy; there this order is far better at equal size.
+* *spatial split*, l = the entries of all but the first dimensions: a column of the kernel, then a row.
+
+W_a ~ H_a V for every entry a of the left factor's part. For these the metric does not factor into the two sides of the
+matrix. V comes from the nearest one that does: C, the mean over the entries a of the moment of what V reads, and S for
+every entry,
 
     || (S^(1/2) x I) W C^(1/2) ||  truncated,  V = leading right vectors times C^(-1/2)
 
@@ -60,26 +64,44 @@ def layer_factors(
         damping: see :func:`~lrf_lightning.solver.factorization.factorize`.
         max_rank: number of components.
     """
-    if not candidate.pointwise_first:
+    if candidate.split is None:
         return factorize(target, input_moment, output_moment, damping=damping, max_rank=max_rank)
-    kernel, target = candidate.kernel, target.double()
-    channels = None if input_moment is None else _channel_moment(input_moment, kernel)
-    weighted = target
-    if output_moment is not None:
-        root, _ = roots(damped(output_moment, damping))
-        root = root * relative_traces(output_moment)[..., None].sqrt()
-        weighted = root * target if output_moment.dim() == 2 else root @ target
-    found = factorize(_by_channels(weighted, kernel), channels, damping=damping, max_rank=max_rank)
-    # the rows are orthogonal in the channels' metric: every component's column is a regression by itself
-    plain, right = _by_channels(target, kernel), found.right
+    weighted = _weighted(target, output_moment, damping)
+    return _truncated(candidate, target, weighted, input_moment, damping, max_rank)[0]
+
+
+def _weighted(target: Tensor, output_moment: Tensor | None, damping: float) -> Tensor:
+    """S^(1/2) W in float64, shape (g, m, n)."""
+    target = target.double()
+    if output_moment is None:
+        return target
+    root, _ = roots(damped(output_moment, damping))
+    root = root * relative_traces(output_moment)[..., None].sqrt()
+    return root * target if output_moment.dim() == 2 else root @ target
+
+
+def _truncated(
+    candidate: Candidate,
+    target: Tensor,  # (g, m, n)
+    weighted: Tensor,  # (g, m, n)
+    input_moment: Tensor | None,
+    damping: float,
+    max_rank: int,
+) -> tuple[Factors, Tensor]:
+    """Nested components in an order whose left factor has a part of the kernel, and S^(1/2) times their left factor."""
+    kernel = candidate.left_kernel
+    read = None if input_moment is None else _read_moment(input_moment, kernel)
+    found = factorize(_by_entry(weighted, kernel), read, damping=damping, max_rank=max_rank)
+    # the rows are orthogonal in the metric of what they read: every component's column is a regression by itself
+    plain, right = _by_entry(target.double(), kernel), found.right
     dual = right
-    if channels is not None:
-        metric = damped(channels, damping)
+    if read is not None:
+        metric = damped(read, damping)
         dual = right * metric[:, None, :] if metric.dim() == 2 else right @ metric
     energy = (dual * right).sum(-1)
     dual = dual / torch.where(energy > 0, energy, 1.0)[..., None]
     left = torch.where(energy[:, None, :] > 0, plain @ dual.transpose(1, 2), 0.0)
-    return Factors(left, right, found.singular_values)
+    return Factors(left, right, found.singular_values), found.left
 
 
 def best_factors(
@@ -105,7 +127,7 @@ def best_factors(
         return factors.truncated(rank)
     assert input_moment is not None
     right = factors.right[:, :rank]
-    gram, explained = _normal_equations(target.double(), right, damped(input_moment, damping), candidate.kernel)
+    gram, explained = _normal_equations(target.double(), right, damped(input_moment, damping), candidate.left_kernel)
     kernels = torch.linalg.solve(gram, explained, left=False)
     groups, rows = kernels.shape[:2]
     left = kernels.reshape(groups, rows, rank, -1).transpose(2, 3).reshape(groups, -1, rank)
@@ -120,7 +142,7 @@ def best_order(
     *,
     damping: float,
 ) -> tuple[Candidate, Factors]:
-    """The order that leaves the smallest error in the metric with as many parameters, and its components.
+    """The order that leaves the smallest error in the metric with equally many parameters, and its components.
 
     Compared are the mean logarithms of the errors at a half and a quarter of the dense layer's parameters.
 
@@ -131,14 +153,22 @@ def best_order(
         output_moment: None for the identity.
         damping: see :func:`~lrf_lightning.solver.factorization.factorize`.
     """
-    found = []
+    found: list[tuple[float, Candidate, Factors]] = []
+    weighted, inputs = None, None  # the same for all orders
     for order in orders:
-        factors = layer_factors(order, target, input_moment, output_moment, damping=damping, max_rank=order.max_rank)
-        errors = factors.relative_tail().square()
-        if _is_regressed(order, input_moment):
-            assert input_moment is not None
-            truncated, errors = _errors(target.double(), factors, input_moment, output_moment, damping, order.kernel)
-            factors = replace(factors, gains=(errors / truncated).clamp_max(1.0))
+        if order.split is None:
+            factors = factorize(target, input_moment, output_moment, damping=damping, max_rank=order.max_rank)
+            errors = factors.relative_tail().square()
+        else:
+            weighted = _weighted(target, output_moment, damping) if weighted is None else weighted
+            factors, left = _truncated(order, target, weighted, input_moment, damping, order.max_rank)
+            errors = factors.relative_tail().square()
+            if _is_regressed(order, input_moment):
+                assert input_moment is not None
+                if inputs is None:
+                    inputs = damped(input_moment, damping) * relative_traces(input_moment)[..., None]
+                truncated, errors = _errors(weighted, left, factors.right, inputs, order.left_kernel)
+                factors = replace(factors, gains=(errors / truncated).clamp_max(1.0))
         ranks = [min(int(share * order.dense_params / order.low_rank_params(1)), len(errors)) for share in SHARES]
         # without a component everything is lost
         score = sum(math.log(max(float(errors[rank - 1]), SMALLEST_ERROR)) for rank in ranks if rank > 0)
@@ -149,39 +179,33 @@ def best_order(
 
 def _is_regressed(candidate: Candidate, input_moment: Tensor | None) -> bool:
     """Whether there is a better choice of the kernels than the truncation."""
-    return candidate.pointwise_first and input_moment is not None and input_moment.dim() == 3
+    return candidate.split is not None and input_moment is not None and input_moment.dim() == 3
 
 
 def _errors(
-    target: Tensor,  # (g, m, n)
-    factors: Factors,
-    input_moment: Tensor,  # (g, n, n)
-    output_moment: Tensor | None,  # (g, m, m) or (g, m)
-    damping: float,
+    weighted: Tensor,  # (g, m, n)
+    left: Tensor,  # (g, m l, r)
+    right: Tensor,  # (g, r, d)
+    inputs: Tensor,  # (g, n, n)
     kernel: int,
 ) -> tuple[Tensor, Tensor]:
-    """Relative squared errors in the metric at every rank, of the truncation and with the best kernels, each (r,)."""
-    inputs = damped(input_moment, damping) * relative_traces(input_moment)[..., None]
-    gram, explained = _normal_equations(target, factors.right, inputs, kernel)
-    rank = factors.right.shape[1]
-    truncated = _by_outputs(factors.left, kernel)  # (g, m, r k)
-    weighted, weighted_truncated = explained, truncated
-    whole = target @ inputs @ target.transpose(1, 2)
-    if output_moment is not None and output_moment.dim() == 3:
-        outputs = damped(output_moment, damping) * relative_traces(output_moment)[..., None]
-        weighted, weighted_truncated, whole = (outputs @ product for product in (explained, truncated, whole))
-    everything = float(whole.diagonal(dim1=1, dim2=2).sum())
+    """Relative squared errors in the metric at every rank, of the truncation and with the best kernels, each (r,).
+
+    ``weighted`` and ``left`` have S^(1/2) in them, so that the metric of the outputs is the identity.
+    """
+    gram, explained = _normal_equations(weighted, right, inputs, kernel)
+    rank = right.shape[1]
+    truncated = _by_outputs(left, kernel)  # (g, m, r l)
+    everything = float(((weighted @ inputs) * weighted).sum())
     if everything <= 0:  # a zero weight
         nothing = torch.full((rank,), SMALLEST_ERROR, dtype=gram.dtype)
         return nothing, nothing
     # what the first r components explain, for all r: rows of the Cholesky factor's inverse are nested
     lower, _ = torch.linalg.cholesky_ex(gram)
-    solved, solved_weighted = (
-        torch.linalg.solve_triangular(lower, product.transpose(1, 2), upper=False) for product in (explained, weighted)
-    )
-    best = (solved * solved_weighted).sum((0, 2)).reshape(rank, kernel).sum(1).cumsum(0)
-    cross = (weighted * truncated).sum((0, 1)).reshape(rank, kernel).sum(1).cumsum(0)
-    pairs = ((truncated.transpose(1, 2) @ weighted_truncated) * gram).sum(0)
+    solved = torch.linalg.solve_triangular(lower, explained.transpose(1, 2), upper=False)
+    best = solved.square().sum((0, 2)).reshape(rank, kernel).sum(1).cumsum(0)
+    cross = (explained * truncated).sum((0, 1)).reshape(rank, kernel).sum(1).cumsum(0)
+    pairs = ((truncated.transpose(1, 2) @ truncated) * gram).sum(0)
     pairs = pairs.reshape(rank, kernel, rank, kernel).sum((1, 3))
     own = pairs.cumsum(0).cumsum(1).diagonal()
     left_out = torch.stack([everything - 2 * cross + own, everything - best]) / everything
@@ -190,11 +214,11 @@ def _errors(
 
 def _normal_equations(
     target: Tensor,  # (g, m, n)
-    right: Tensor,  # (g, r, c)
+    right: Tensor,  # (g, r, d)
     moment: Tensor,  # (g, n, n)
     kernel: int,
 ) -> tuple[Tensor, Tensor]:
-    """T A T', with a ridge for dead channels, shape (g, r k, r k), and W A T', shape (g, m, r k)."""
+    """T A T', with a ridge for dead channels, shape (g, r l, r l), and W A T', shape (g, m, r l)."""
     groups, rank, channels = right.shape
     blocks = moment.reshape(groups, channels, kernel, channels, kernel)
     mixed = torch.einsum("gri,giajb->grajb", right, blocks)  # T A
@@ -206,20 +230,20 @@ def _normal_equations(
     return gram + torch.diag_embed(ridge), explained
 
 
-def _by_channels(weight: Tensor, kernel: int) -> Tensor:
-    """(g, m, c k) as (g, m k, c)."""
+def _by_entry(weight: Tensor, kernel: int) -> Tensor:
+    """(g, m, d l) as (g, m l, d)."""
     groups, rows, _ = weight.shape
     return weight.reshape(groups, rows, -1, kernel).transpose(2, 3).reshape(groups, rows * kernel, -1)
 
 
 def _by_outputs(left: Tensor, kernel: int) -> Tensor:
-    """(g, m k, r) as (g, m, r k)."""
+    """(g, m l, r) as (g, m, r l)."""
     groups, _, rank = left.shape
     return left.reshape(groups, -1, kernel, rank).transpose(2, 3).reshape(groups, -1, rank * kernel)
 
 
-def _channel_moment(moment: Tensor, kernel: int) -> Tensor:
-    """The mean of a patch moment over the entries of the kernel, (g, c, c) from (g, n, n), or (g, c) from (g, n)."""
+def _read_moment(moment: Tensor, kernel: int) -> Tensor:
+    """The mean of a patch moment over the left factor's entries, (g, d, d) from (g, n, n), or (g, d) from (g, n)."""
     if moment.dim() == 2:
         return moment.reshape(len(moment), -1, kernel).mean(-1)
     channels = moment.shape[-1] // kernel

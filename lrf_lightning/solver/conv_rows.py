@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lrf_lightning.solver.rows import RowReader, UnreadableRowsError
 
-__all__ = ["ConvRows", "ConvTransposeRows", "PointwiseFirstConvRows"]
+__all__ = ["ConvRows", "ConvTransposeRows"]
 
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SPREAD: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -107,23 +107,48 @@ class ConvRows(_SpatialRows):
         return self._channels(self._images(grad, batch), positions)
 
     def project(self, x: Tensor, right: Tensor, batch: int) -> Tensor:
-        """See :meth:`RowReader.project`; shape (images, g * k, s1, ...)."""
-        weight = right.reshape(-1, *self._layer.weight.shape[1:])
-        return self._correlate(self._bordered(self._images(x, batch)), weight)
+        """See :meth:`RowReader.project`; shape (images, g * k, s1, ...), borders included where the left factor reads.
+
+        The right factor has the kernel of the leading dimensions, see :mod:`lrf_lightning.modules.conv`.
+        """
+        layer, own = self._layer, self._dims if self.candidate.split is None else self.candidate.split
+        others = (1,) * (self._dims - own)
+        weight = right.reshape(right.shape[0] * right.shape[1], -1, *layer.kernel_size[:own], *others)
+        stride, dilation = (*layer.stride[:own], *others), (*layer.dilation[:own], *others)
+        x = self._bordered(self._images(x, batch))
+        return CONVOLVE[self._dims](x, weight, None, stride, 0, dilation, layer.groups)
 
     def components(self, projected: Tensor, grad: Tensor, left: Tensor, batch: int) -> Tensor:
         """See :meth:`RowReader.components`."""
-        groups, rank = self.candidate.groups, left.shape[-1]
-        weight = left.transpose(1, 2).reshape(groups * rank, -1, *(1,) * self._dims)
-        products = CONVOLVE[self._dims](self._images(grad, batch), weight, groups=groups) * projected
-        return _per_sample(products, batch, groups, rank)
+        layer, groups, rank = self._layer, self.candidate.groups, left.shape[-1]
+        images, split = self._images(grad, batch), self.candidate.split
+        if split is None:
+            weight = left.transpose(1, 2).reshape(groups * rank, -1, *(1,) * self._dims)
+            return _per_sample(CONVOLVE[self._dims](images, weight, groups=groups) * projected, batch, groups, rank)
+        others = (1,) * split
+        weight = left.reshape(-1, self.candidate.left_kernel, rank).transpose(1, 2)
+        weight = weight.reshape(-1, rank, *others, *layer.kernel_size[split:])
+        stride, dilation = (*others, *layer.stride[split:]), (*others, *layer.dilation[split:])
+        spread = SPREAD[self._dims](images, weight, None, stride, 0, 0, groups, dilation)
+        # the last positions may be out of the kernel's reach
+        inside = tuple(slice(size) for size in spread.shape)
+        return _per_sample(projected[inside] * spread, batch, groups, rank)
+
+    def positions_between(self, shape: Sequence[int]) -> int:
+        """Positions per image of what the right factor puts out for an input (images, c, s1, ...)."""
+        sizes = self._output_sizes(shape)
+        split = self._dims if self.candidate.split is None else self.candidate.split
+        return math.prod((*sizes[:split], *shape[2 + split :]))
 
     def _sizes(self, x: Tensor) -> Sequence[int]:
+        return self._output_sizes(x.shape)
+
+    def _output_sizes(self, shape: Sequence[int]) -> list[int]:
         layer, borders = self._layer, self._borders[::-1]  # the first dimension first
         sizes = []
         for axis, stride in enumerate(layer.stride):
             span = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
-            sizes.append((x.shape[axis + 2] + borders[2 * axis] + borders[2 * axis + 1] - span) // stride + 1)
+            sizes.append((shape[axis + 2] + borders[2 * axis] + borders[2 * axis + 1] - span) // stride + 1)
         return sizes
 
     @property
@@ -137,25 +162,6 @@ class ConvRows(_SpatialRows):
         if not any(borders):
             return x
         return F.pad(x, borders) if mode == "zeros" else F.pad(x, borders, mode=mode)
-
-
-class PointwiseFirstConvRows(ConvRows):
-    """The same rows; but components mix channels before the kernel is applied."""
-
-    def project(self, x: Tensor, right: Tensor, batch: int) -> Tensor:
-        """See :meth:`RowReader.project`; shape (images, g * k, s1, ...), borders included."""
-        weight = right.reshape(-1, right.shape[-1], *(1,) * self._dims)
-        return CONVOLVE[self._dims](self._bordered(self._images(x, batch)), weight, groups=self.candidate.groups)
-
-    def components(self, projected: Tensor, grad: Tensor, left: Tensor, batch: int) -> Tensor:
-        """See :meth:`RowReader.components`."""
-        layer, groups, rank = self._layer, self.candidate.groups, left.shape[-1]
-        weight = left.reshape(-1, self.candidate.kernel, rank).transpose(1, 2)
-        weight = weight.reshape(-1, rank, *layer.kernel_size)
-        spread = SPREAD[self._dims](self._images(grad, batch), weight, None, layer.stride, 0, 0, groups, layer.dilation)
-        # the last positions may be out of the kernel's reach
-        inside = tuple(slice(size) for size in spread.shape)
-        return _per_sample(projected[inside] * spread, batch, groups, rank)
 
 
 class ConvTransposeRows(_SpatialRows):

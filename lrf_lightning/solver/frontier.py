@@ -22,7 +22,7 @@ from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.result import FrontierPoint
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import LayerStatistics, memory_groups
-from lrf_lightning.solver.workspace import Workspace
+from lrf_lightning.solver.workspace import Curve, Workspace
 
 __all__ = ["Frontier", "choose_among", "choose_compact", "choose_lossless"]
 
@@ -48,8 +48,7 @@ class Frontier:
         self.measured: dict[RanksKey, _Measured] = {}
         self._renormalized: set[RanksKey] = set()
         self._latest: tuple[RanksKey, nn.Module] | None = None
-        self._allowed = _options(work, only_allowed=True)
-        self._all = _options(work, only_allowed=False)
+        self._options = _options(work)
 
     @property
     def points(self) -> list[FrontierPoint]:
@@ -69,7 +68,7 @@ class Frontier:
     @property
     def lowest(self) -> float:
         """The smallest share of the dense cost that any allocation keeps."""
-        return cheapest(self._all) / self.work.dense_cost
+        return cheapest(self._options) / self.work.dense_cost
 
     def at(self, keep: float) -> FrontierPoint:
         """The measured point of the best allocation for a share of the dense cost; see :meth:`allocation`."""
@@ -78,20 +77,21 @@ class Frontier:
     def allocation(self, keep: float) -> dict[str, int]:
         """The ranks that are predicted to be best for a share of the dense cost.
 
-        Ranks outside the perturbation range are taken only if the budget cannot be met inside it.
+        Outside the perturbation range a prediction was seen to be off by more than ``range_factor``, or it is beyond
+        what was measured: there it counts as many times, so that such a rank is taken only where it saves as much more
+        than the others. Refusing such ranks as long as the budget can be met without them would ruin other layers.
 
         Raises:
             ValueError: if even the cheapest ranks cost more.
         """
         budget = keep * self.work.dense_cost
-        within = cheapest(self._allowed) <= budget
-        if not within and cheapest(self._all) > budget:
+        if cheapest(self._options) > budget:
             raise ValueError(
                 f"keep={keep:g} cannot be reached: the cheapest ranks of all layers keep {self.lowest:.4f} of the "
                 f"{self.work.settings.cost} of the {len(self.work.layers)} factorizable layers; "
                 f"use keep >= {math.ceil(self.lowest * 1e4) / 1e4:g}"
             )
-        return allocate(self._allowed if within else self._all, budget).ranks
+        return allocate(self._options, budget).ranks
 
     def with_ranks(self, ranks: Mapping[str, int]) -> FrontierPoint:
         """The measured point with the given ranks."""
@@ -323,7 +323,13 @@ def _paired_error(differences: Tensor, weights: Tensor) -> float:
     return math.sqrt(float((share.square() * (differences - mean).square()).sum()) * pairs / (pairs - 1))
 
 
-def _options(work: Workspace, *, only_allowed: bool) -> dict[str, list[Option]]:
+def _weighed(curve: Curve, rank: int, range_factor: float) -> float:
+    """The predicted change of a rank, as much worse as it may be where the prediction does not hold."""
+    change = float(curve.change[rank - 1])
+    return change if bool(curve.allowed[rank - 1]) else range_factor * max(change, 0.0)
+
+
+def _options(work: Workspace) -> dict[str, list[Option]]:
     """Every layer's choices: dense, and the ranks on the grid of ``rank_multiple`` that are worth it."""
     options: dict[str, list[Option]] = {}
     for name, layer in work.layers.items():
@@ -332,9 +338,9 @@ def _options(work: Workspace, *, only_allowed: bool) -> dict[str, list[Option]]:
         grid = range(multiple, count + 1, multiple) if count >= multiple else range(1, count + 1)
         choices = [Option(None, work.cost(layer, None), 0.0)]
         choices += [
-            Option(rank, work.cost(layer, rank), float(curve.change[rank - 1]))
+            Option(rank, work.cost(layer, rank), _weighed(curve, rank, work.settings.range_factor))
             for rank in grid
-            if (not only_allowed or bool(curve.allowed[rank - 1])) and work.is_worthwhile(layer, rank)
+            if work.is_worthwhile(layer, rank)
         ]
         options[name] = choices
     return options

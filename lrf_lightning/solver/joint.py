@@ -313,7 +313,7 @@ def _layer_result(work: Workspace, layer: LayerStatistics, ranks: dict[str, int]
         kind=candidate.kind,
         shape=tuple(weight.shape),
         full_rank=candidate.full_rank,
-        pointwise_first=candidate.pointwise_first,
+        order=candidate.order,
         rank=rank,
         params_before=candidate.dense_params,
         params_after=candidate.dense_params if rank is None else candidate.low_rank_params(rank),

@@ -174,11 +174,11 @@ def _cached_times(
         "layout": str(memory_format(module.get_parameter("weight"))),
         "input": asdict(given),
         "ranks": list(ranks),
-    } | ({"pointwise_first": True} if candidate.pointwise_first else {})
+    } | ({} if candidate.split is None else {"split": candidate.split})
     kept = latency_cache.look_up(key)
     times = None if kept is None else _parsed(kept, ranks)
     if times is None:
-        times = _measure(module, given, ranks, device, limit, candidate.pointwise_first)
+        times = _measure(module, given, ranks, device, limit, candidate.split)
         latency_cache.keep(key, asdict(times))
     return times
 
@@ -225,13 +225,13 @@ def _measure(
     ranks: Sequence[int],
     device: torch.device,
     limit: float,
-    pointwise_first: bool = False,
+    split: int | None = None,
 ) -> LayerTimes:
     started = time.perf_counter()
     with given.precision(device):
         given, once = _affordable(module, given, device)
         x = given.example(module, device)
-        variants = [module, *(_stand_in(module, rank, pointwise_first) for rank in ranks)]
+        variants = [module, *(_stand_in(module, rank, split) for rank in ranks)]
         calls = max(1, math.ceil(SHORTEST_SECONDS / max(once, 1e-9)))
         for variant in variants:
             _duration(variant, x, 1)
@@ -269,10 +269,10 @@ def _affordable(module: nn.Module, given: LayerInput, device: torch.device) -> t
     return given, once
 
 
-def _stand_in(module: nn.Module, rank: int, pointwise_first: bool) -> nn.Module:
+def _stand_in(module: nn.Module, rank: int, split: int | None) -> nn.Module:
     kind = low_rank_type(module)
     assert kind is not None
-    new = kind.like(module, rank, pointwise_first=pointwise_first)
+    new = kind.like(module, rank, split=split)
     for parameter in new.parameters():
         # memory that was never written may hold numbers that are slow to compute with
         parameter.fill_(0.01)

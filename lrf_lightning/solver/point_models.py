@@ -26,7 +26,7 @@ class _Kept:
     """Ranks and orders of all low-rank layers, the tensors that the original has not, and the records of the layers."""
 
     ranks: dict[str, int]
-    pointwise_first: set[str]
+    splits: dict[str, int]
     changed: dict[str, Tensor]
     layers: list[LayerResult]
 
@@ -46,14 +46,14 @@ class PointModels:
         """Remember a model that was made from the original, and what became of its layers."""
         low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankModule)}
         ranks = {name: module.rank for name, module in low_rank.items()}
-        pointwise_first = {name for name, module in low_rank.items() if module.pointwise_first}
+        splits = {name: module.split for name, module in low_rank.items() if module.split is not None}
         original = self.dense.state_dict()
         changed = {
             name: value.detach().to("cpu", copy=True)
             for name, value in model.state_dict().items()
             if isinstance(value, Tensor) and not _same(value, original.get(name))
         }
-        self._kept[ranks_key(allocation)] = _Kept(ranks, pointwise_first, changed, list(layers))
+        self._kept[ranks_key(allocation)] = _Kept(ranks, splits, changed, list(layers))
 
     def build(self, allocation: Mapping[str, int]) -> nn.Module:
         """A new model like the one that was kept, on the device of the original.
@@ -64,7 +64,7 @@ class PointModels:
         kept = self._kept[ranks_key(allocation)]
         model = copy.deepcopy(self.dense)
         with random_state.preserved():  # new layers draw weights first
-            set_structure(model, kept.ranks, kept.pointwise_first)
+            set_structure(model, kept.ranks, kept.splits)
             prepare(model)  # attention whose projections are all dense was put back, but is split in what was kept
         state = {**self.dense.state_dict(), **kept.changed}
         # low-rank layers are made anew, with a bias that holds nothing yet; load_state_dict could run a hook of the

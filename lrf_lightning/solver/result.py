@@ -112,7 +112,8 @@ class LayerResult:
         predicted_error: standard error of the first-order part of the prediction.
         reason: why the layer was left alone; empty for layers that the allocation could choose.
         curve: the predictions at every rank, None for layers left alone.
-        pointwise_first: whether this is a convolution whose factors mix channels before the kernel is applied.
+        order: order of the factors of a convolution, ``kernel_first``, ``pointwise_first`` or ``spatial_split``, None
+            for other layers and those left alone; see :mod:`lrf_lightning.modules.conv`.
     """
 
     name: str
@@ -130,7 +131,7 @@ class LayerResult:
     predicted_error: float | None = None
     reason: str = ""
     curve: LayerCurve | None = None
-    pointwise_first: bool = False
+    order: str | None = None
 
 
 @dataclass(frozen=True)

@@ -160,12 +160,12 @@ class EmbeddingRows(LinearRows):
 
 def row_reader(candidate: Candidate) -> RowReader:
     """The reader for a layer's kind."""
-    from lrf_lightning.solver.conv_rows import ConvRows, ConvTransposeRows, PointwiseFirstConvRows
+    from lrf_lightning.solver.conv_rows import ConvRows, ConvTransposeRows
 
     if isinstance(candidate.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return ConvTransposeRows(candidate)
     if isinstance(candidate.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return PointwiseFirstConvRows(candidate) if candidate.pointwise_first else ConvRows(candidate)
+        return ConvRows(candidate)
     return EmbeddingRows(candidate) if isinstance(candidate.module, nn.Embedding) else LinearRows(candidate)
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from lrf_lightning.surgery import ConvOrder
+
 __all__ = [
     "BUDGETS",
     "ConvOrder",
@@ -30,7 +32,6 @@ Prediction = Literal["loss", "energy"]
 PaperVariant = Literal["lossless", "compact"]
 GammaKind = Literal["relative", "mean_square"]
 SpeedRuntime = Literal["none", "eager", "compile"]
-ConvOrder = Literal["best", "kernel_first", "pointwise_first"]
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
 
@@ -69,15 +70,16 @@ class Settings:
             ``energy`` (the share of the weight's squared norm that is lost, as plain and whitened SVD do).
         probes: whether the perturbation range is found by measuring a few truncations, with ``prediction="loss"``.
         compensation: whether factors are fitted to the inputs that they will really see, layer after layer.
-        conv_order: what comes first in a factorized convolution: ``kernel_first`` (few output channels are computed
-            with the kernel, then mixed), ``pointwise_first`` (input channels are mixed to a few, then the kernel is
-            applied), or ``best``, whichever leaves the smaller error in the metric, for every layer.
+        conv_order: order of the factors of a convolution: ``kernel_first`` (few output channels are computed with the
+            kernel, then mixed), ``pointwise_first`` (input channels are mixed to a few, then the kernel is applied),
+            ``spatial_split`` (a column of the kernel, then a row), or ``best``, whichever leaves the smallest error in
+            the metric, for every layer.
         batch_norm: whether running statistics of batch norms are estimated anew on the calibration data, where that
             lowers the loss on the selection split; needs splits of a thousand samples or more.
         damping: relative damping of the second moments of inputs and gradients, at least 0.
         first_order_errors: standard errors by which a first-order term is shrunk towards 0 before it is believed.
         range_factor: a rank is inside the perturbation range while measured and predicted change differ by no more
-            than this factor, at least 1.
+            than this factor, at least 1; outside, the prediction counts as many times.
         rows_per_feature: sampled input rows per input dimension of a layer that the second moments are taken over.
         rank_multiple: ranks are rounded to a multiple of this where the layer is large enough; None is 8 on CUDA and
             with ``cost="latency"``, and 1 elsewhere.
@@ -172,7 +174,7 @@ class Settings:
     @property
     def layer_choice(self) -> dict[str, Any]:
         """The settings that say which layers are looked at, as arguments of ``surgery.find_layers``."""
-        names = ("include", "exclude", "types", "exclude_types", "predicate", "frozen", "min_params")
+        names = ("include", "exclude", "types", "exclude_types", "predicate", "frozen", "min_params", "conv_order")
         return {name: getattr(self, name) for name in names}
 
 

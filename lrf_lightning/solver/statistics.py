@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
+from lrf_lightning.solver.conv_rows import ConvRows
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, step, to_device
 from lrf_lightning.solver.factorization import LARGEST_SIDE
 from lrf_lightning.solver.hooks import frozen_parameters, observe_gradients
@@ -159,24 +160,25 @@ class LayerStatistics:
         products, lookups = (tied, self.rows_per_sample) if looked_up else (self.rows_per_sample, tied)
         if rank is None:
             return round(candidate.dense_params * products)
-        if candidate.pointwise_first:
+        if candidate.split is not None:
             rows, columns = candidate.sides
-            return round(candidate.groups * rank * (rows * products + columns * self._input_positions))
+            return round(candidate.groups * rank * (rows * products + columns * self._rows_between))
         entry = candidate.rows if looked_up else candidate.columns
         return round(candidate.low_rank_params(rank) * products + rank * entry * lookups)
 
     @property
-    def _input_positions(self) -> float:
-        """Positions of the input per sample; with a stride there are more of them than positions of the output."""
+    def _rows_between(self) -> float:
+        """Rows per sample that the right factor puts out, more than of the output where the left one has a stride."""
         if self.observed is None:
             return self.rows_per_sample
-        images, _, *sizes = self.observed.shape
-        return self.rows_per_sample * images * math.prod(sizes) / self.observed.rows
+        assert isinstance(self.reader, ConvRows)
+        shape = self.observed.shape
+        return self.rows_per_sample * shape[0] * self.reader.positions_between(shape) / self.observed.rows
 
-    def set_order(self, *, pointwise_first: bool) -> None:
+    def set_order(self, split: int | None) -> None:
         """Set the order of a convolution's factors."""
-        if self.candidate.pointwise_first != pointwise_first:
-            self.candidate = replace(self.candidate, pointwise_first=pointwise_first)
+        if self.candidate.split != split:
+            self.candidate = replace(self.candidate, split=split)
             self.reader = row_reader(self.candidate)
 
     def use(self, *, transposed: bool) -> LayerStatistics | TiedUse:

@@ -204,9 +204,9 @@ class Workspace:
                 advance()
 
         self.processes.patiently("the factorization", decompose)
-        for found in self.processes.gather({name: (o.pointwise_first, own[name].gains) for name, o in orders.items()}):
-            for name, (pointwise_first, gains[name]) in found.items():
-                layers[name].set_order(pointwise_first=pointwise_first)
+        for found in self.processes.gather({name: (order.split, own[name].gains) for name, order in orders.items()}):
+            for name, (split, gains[name]) in found.items():
+                layers[name].set_order(split)
         sent = {name: self._sent(own.get(name), layers[name].candidate, owners[name]) for name in names}
         return {name: replace(factors, gains=gains[name]) for name, factors in sent.items()}
 
@@ -214,9 +214,7 @@ class Workspace:
         settings, candidate = self.settings, layer.candidate
         inputs = None if settings.metric == "euclidean" else layer.inputs.mean
         outputs = layer.gradients.mean if settings.metric == "fisher" else None
-        wanted = {"best": (False, True), "kernel_first": (False,), "pointwise_first": (True,)}[settings.conv_order]
-        orders = [replace(candidate, pointwise_first=order) for order in wanted if candidate.kernel > 1]
-        orders = [order for order in orders if order.max_rank > 0] or [candidate]
+        orders = candidate.orders(settings.conv_order)
         return best_order(orders, candidate.matrices(), inputs, outputs, damping=settings.damping)
 
     def stand_in(self, layer: LayerStatistics, factors: Factors, rank: int) -> LowRankModule:
@@ -227,9 +225,10 @@ class Workspace:
         return candidate.stand_in(*best)
 
     def owners(self, layers: Mapping[str, LayerStatistics]) -> dict[str, int]:
-        """The process that decomposes each layer."""
+        """The process that decomposes each layer, in all orders of its factors that come into question."""
         costs = [
-            decomposition_cost(c.groups, c.rows, c.columns) for c in (layer.candidate for layer in layers.values())
+            sum(decomposition_cost(o.groups, *o.sides) for o in layer.candidate.orders(self.settings.conv_order))
+            for layer in layers.values()
         ]
         return dict(zip(layers, assigned(costs, self.processes.size), strict=True))
 

@@ -13,7 +13,7 @@ Two kinds of layers are not where they seem to be:
   layers that share its factors.
 """
 
-from lrf_lightning.surgery.candidates import Candidate, Skipped, find_layers
+from lrf_lightning.surgery.candidates import Candidate, ConvOrder, Skipped, find_layers
 from lrf_lightning.surgery.kinds import is_matrix, low_rank_type
 from lrf_lightning.surgery.structure import (
     factorized,
@@ -26,6 +26,7 @@ from lrf_lightning.surgery.structure import (
 
 __all__ = [
     "Candidate",
+    "ConvOrder",
     "Skipped",
     "factorized",
     "find_layers",

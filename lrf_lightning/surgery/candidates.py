@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -25,8 +26,9 @@ from lrf_lightning.surgery.kinds import (
 )
 from lrf_lightning.surgery.structure import factorized
 
-__all__ = ["Candidate", "Predicate", "Skipped", "find_layers"]
+__all__ = ["Candidate", "ConvOrder", "Predicate", "Skipped", "find_layers"]
 
+ConvOrder = Literal["best", "kernel_first", "pointwise_first", "spatial_split"]
 Predicate = Callable[[str, nn.Module], bool]
 
 
@@ -34,8 +36,8 @@ Predicate = Callable[[str, nn.Module], bool]
 class Candidate:
     """A layer that can be factorized.
 
-    A convolution can be factorized in two orders, see :mod:`lrf_lightning.modules.conv`; ``rows`` and ``columns`` are
-    those of the weight as the layer reads it, whatever the order.
+    A convolution can be factorized in several orders, see :mod:`lrf_lightning.modules.conv`; ``rows`` and ``columns``
+    are those of the weight as the layer reads it, whatever the order.
 
     Attributes:
         name: qualified name of the module, the first one if it hangs in the tree several times.
@@ -47,8 +49,8 @@ class Candidate:
         twins: names of further modules that share the weight; they are factorized with it.
         transposed: those of the twins that read the weight transposed, as an output layer does with the table of an
             embedding.
-        kernel: entries of a convolution's kernel, 1 for other layers and transposed convolutions.
-        pointwise_first: whether channels are mixed before the kernel is applied.
+        kernel: sizes of a convolution's kernel, empty for other layers and transposed convolutions.
+        split: number of leading entries of ``kernel`` that belong to the right factor, all for None.
     """
 
     name: str
@@ -59,15 +61,46 @@ class Candidate:
     columns: int
     twins: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
-    kernel: int = 1
-    pointwise_first: bool = False
+    kernel: tuple[int, ...] = ()
+    split: int | None = None
+
+    def orders(self, wanted: ConvOrder = "best") -> list[Candidate]:
+        """The layer in all orders of its factors that are wanted and save parameters at some rank.
+
+        Where a convolution has none of the wanted orders, it is that with the kernel first; it is the only order of
+        other layers. A depthwise convolution has no channels to mix.
+        """
+        splits: list[int | None] = []
+        if math.prod(self.kernel) > 1 and self.rows * self.columns > math.prod(self.kernel):
+            if wanted in ("best", "pointwise_first"):
+                splits.append(0)
+            if wanted in ("best", "spatial_split"):
+                parts = [(math.prod(self.kernel[:at]), math.prod(self.kernel[at:])) for at in range(len(self.kernel))]
+                splits += [at for at, (first, last) in enumerate(parts) if first > 1 and last > 1]
+        found = [order for order in (replace(self, split=split) for split in splits) if order.max_rank > 0]
+        kernel_first = replace(self, split=None)
+        if kernel_first.max_rank > 0 and (wanted in ("best", "kernel_first") or not found):
+            found.insert(0, kernel_first)
+        return found
+
+    @property
+    def order(self) -> ConvOrder | None:
+        """The name of a convolution's order, None for other layers and kernels of a single entry."""
+        if math.prod(self.kernel) == 1:
+            return None
+        if self.split is None:
+            return "kernel_first"
+        return "spatial_split" if self.split else "pointwise_first"
+
+    @property
+    def left_kernel(self) -> int:
+        """Entries of the kernel that belong to the left factor."""
+        return 1 if self.split is None else math.prod(self.kernel[self.split :])
 
     @property
     def sides(self) -> tuple[int, int]:
         """Output and input side of the matrix of one group that is factorized."""
-        if not self.pointwise_first:
-            return self.rows, self.columns
-        return self.rows * self.kernel, self.columns // self.kernel
+        return self.rows * self.left_kernel, self.columns // self.left_kernel
 
     @property
     def full_rank(self) -> int:
@@ -90,7 +123,7 @@ class Candidate:
 
     def stand_in(self, left: Tensor, right: Tensor) -> LowRankModule:
         """The low-rank layer with these factors, shapes (groups, sides[0], rank) and (groups, rank, sides[1])."""
-        return factorized(self.module, left, right, pointwise_first=self.pointwise_first)
+        return factorized(self.module, left, right, split=self.split)
 
     def matrices(self) -> Tensor:
         """The detached weight as matrices, shape (groups, rows, columns), in the module's dtype."""
@@ -186,6 +219,7 @@ def find_layers(
     predicate: Predicate | None = None,
     frozen: bool = False,
     min_params: int = 0,
+    conv_order: ConvOrder = "best",
 ) -> tuple[list[Candidate], list[Skipped]]:
     """List the layers that can be factorized and those that cannot; the model is not changed.
 
@@ -202,6 +236,8 @@ def find_layers(
         predicate: ``predicate(name, module)``; layers for which it is false are left alone.
         frozen: whether layers whose weight does not require a gradient are factorized too.
         min_params: layers with fewer weight entries are left alone.
+        conv_order: orders of the factors that come into question for a convolution; a candidate has the first of them
+            that saves parameters at some rank.
 
     Returns:
         The candidates and the layers left alone, in the order of ``model.named_modules()``.
@@ -225,9 +261,10 @@ def find_layers(
             reason = reason or f"shares the weight of {first!r}, which is left alone"
         if reason is None:
             candidate = _with_twins(_candidate(site), twins[1:])
-            reason = _size_objection(candidate, min_params)
+            orders = candidate.orders(conv_order)
+            reason = _size_objection(candidate, orders, min_params)
             if reason is None:
-                candidates[site.name] = candidate
+                candidates[site.name] = orders[0]
                 continue
         skipped.append(Skipped(site.name, type(site.module).__name__, reason))
     return list(candidates.values()), skipped
@@ -318,8 +355,8 @@ def _with_twins(candidate: Candidate, twins: list[Owner]) -> Candidate:
     return replace(candidate, twins=tuple(name for name, _, _ in twins), transposed=transposed)
 
 
-def _size_objection(candidate: Candidate, min_params: int) -> str | None:
-    if candidate.max_rank < 1:
+def _size_objection(candidate: Candidate, orders: list[Candidate], min_params: int) -> str | None:
+    if not orders:
         sizes = f"{candidate.groups} x {candidate.rows} x {candidate.columns}"
         depthwise = candidate.groups > 1 and candidate.full_rank == 1
         return (
@@ -334,5 +371,5 @@ def _candidate(site: _Site) -> Candidate:
     kind = low_rank_type(site.module)
     assert kind is not None
     groups, rows, columns = kind.matrices(site.module).shape
-    kernel = math.prod(site.module.kernel_size) if isinstance(site.module, CONVOLUTIONS) else 1
+    kernel = tuple(site.module.kernel_size) if isinstance(site.module, CONVOLUTIONS) else ()
     return Candidate(site.name, type(site.module).__name__, site.module, groups, rows, columns, kernel=kernel)

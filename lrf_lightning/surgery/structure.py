@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -20,11 +20,11 @@ def factorized(
     left: Tensor,  # (groups, output side, rank)
     right: Tensor,  # (groups, rank, input side)
     *,
-    pointwise_first: bool = False,
+    split: int | None = None,
 ) -> LowRankModule:
     """A low-rank layer with these factors and the bias, dtype, device, mode and ``requires_grad`` of ``dense``.
 
-    ``pointwise_first`` is the order of the factors of a convolution, see :mod:`lrf_lightning.modules.conv`.
+    ``split`` is the order of the factors of a convolution, see :mod:`lrf_lightning.modules.conv`.
 
     Raises:
         ValueError: if a factor's shape does not fit, or the layer's kind is not supported.
@@ -32,7 +32,7 @@ def factorized(
     kind = low_rank_type(dense)
     if kind is None:
         raise ValueError(f"a {type(dense).__name__} cannot be factorized; {_supported()} can")
-    new = kind.like(dense, left.shape[-1], pointwise_first=pointwise_first)
+    new = kind.like(dense, left.shape[-1], split=split)
     new.set_factors(left, right)
     bias = dense._parameters.get("bias")
     new.set_bias(None if bias is None else bias.detach())
@@ -65,7 +65,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         rename_tied_keys(model)
 
 
-def set_structure(model: nn.Module, ranks: Mapping[str, int], pointwise_first: Collection[str] = ()) -> None:
+def set_structure(model: nn.Module, ranks: Mapping[str, int], splits: Mapping[str, int] | None = None) -> None:
     """Give the named layers uninitialised factors of the given ranks, and make all other low-rank layers dense.
 
     Layers that already have the wanted rank and order are kept as they are. Meant to be followed by
@@ -74,7 +74,7 @@ def set_structure(model: nn.Module, ranks: Mapping[str, int], pointwise_first: C
     Args:
         model: the model.
         ranks: rank by name.
-        pointwise_first: names of the convolutions among them that mix channels first.
+        splits: order of the factors by name, of convolutions whose kernel is not whole in the right factor.
 
     Raises:
         ValueError: if a name is missing from the model, its layer is of an unsupported type, or a rank does not fit.
@@ -84,9 +84,9 @@ def set_structure(model: nn.Module, ranks: Mapping[str, int], pointwise_first: C
         module = dict(model.named_modules(remove_duplicate=False)).get(name)
         if module is None:
             raise ValueError(f"the model has no module named {name!r}, which the rank map gives rank {rank}")
-        order = name in pointwise_first
+        split = (splits or {}).get(name)
         if isinstance(module, LowRankModule):
-            if (module.rank, module.pointwise_first) == (rank, order):
+            if (module.rank, module.split) == (rank, split):
                 continue
             module = module.to_dense()
         kind = low_rank_type(module)
@@ -98,7 +98,7 @@ def set_structure(model: nn.Module, ranks: Mapping[str, int], pointwise_first: C
         if reason and not _on_meta(module):  # a layer on the meta device is about to be loaded
             raise ValueError(f"module {name!r} cannot be given rank {rank}: {reason}")
         try:
-            new = kind.like(module, rank, pointwise_first=order)
+            new = kind.like(module, rank, split=split)
         except ValueError as error:
             raise ValueError(f"module {name!r}: {error}") from error
         _copy_flags(module, new)
@@ -233,7 +233,7 @@ def _tied(twin: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     if isinstance(new, LowRankModule):
         kind = low_rank_type(dense)
         assert kind is not None
-        made = kind.like(dense, new.rank, pointwise_first=new.pointwise_first)
+        made = kind.like(dense, new.rank, split=new.split)
         shared = ("left_factor", "right_factor")
     else:
         made, shared = dense, ("weight",)

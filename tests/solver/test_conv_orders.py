@@ -1,5 +1,6 @@
-"""The two orders of a convolution's factors against dense computations in float64."""
+"""The orders of a convolution's factors against dense computations in float64."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,14 +17,14 @@ from lrf_lightning.surgery import find_layers
 DAMPING = 1e-2
 
 
-def candidate(groups=1, channels_in=8, channels_out=6, kernel=(3, 2)):
+def candidate(groups=1, channels_in=8, channels_out=6, kernel=(3, 2), split=0):
     layer = nn.Conv2d(channels_in * groups, channels_out * groups, kernel, groups=groups).double()
     (found,), _ = find_layers(nn.ModuleDict({"layer": layer}))
-    return replace(found, pointwise_first=True)
+    return replace(found, split=split)
 
 
-def both(layer):
-    return [replace(layer, pointwise_first=order) for order in (False, True)]
+def every(layer):
+    return [replace(layer, split=split) for split in (None, 0, 1)]
 
 
 def moment(groups, size, seed=0, rows=None):
@@ -36,7 +37,7 @@ def moment(groups, size, seed=0, rows=None):
 def product(candidate, left, right):
     """The weight (g, m, c k) that factors stand for."""
     groups, _, columns = candidate.groups, *candidate.sides
-    weight = (left @ right).reshape(groups, candidate.rows, candidate.kernel, columns)
+    weight = (left @ right).reshape(groups, candidate.rows, candidate.left_kernel, columns)
     return weight.transpose(2, 3).reshape(groups, candidate.rows, -1)
 
 
@@ -49,29 +50,32 @@ def error(candidate, factors, inputs, outputs):
     return float((share * (s @ difference @ a @ difference.transpose(1, 2))).diagonal(dim1=1, dim2=2).sum())
 
 
+@pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_all_components_are_the_weight(groups):
-    layer = candidate(groups)
+def test_all_components_are_the_weight(groups, split):
+    layer = candidate(groups, split=split)
     inputs, outputs = moment(groups, layer.columns), moment(groups, layer.rows, 1)
     for moments in ((None, None), (inputs, None), (inputs, outputs)):
         factors = layer_factors(layer, layer.matrices(), *moments, damping=DAMPING, max_rank=layer.full_rank)
         assert_close(product(layer, factors.left, factors.right), layer.matrices())
 
 
+@pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_without_moments_it_is_the_plain_singular_value_decomposition(groups):
-    layer = candidate(groups)
+def test_without_moments_it_is_the_plain_singular_value_decomposition(groups, split):
+    layer = candidate(groups, split=split)
     factors = layer_factors(layer, layer.matrices(), None, None, damping=DAMPING, max_rank=3)
-    by_channels = layer.matrices().reshape(groups, layer.rows, -1, layer.kernel).transpose(2, 3).flatten(1, 2)
+    by_channels = layer.matrices().reshape(groups, layer.rows, -1, layer.left_kernel).transpose(2, 3).flatten(1, 2)
     left, values, right = torch.linalg.svd(by_channels, full_matrices=False)
     assert_close(factors.left @ factors.right, left[..., :3] * values[:, None, :3] @ right[:, :3])
     assert_close(factors.singular_values, values)
     assert factors.gains is None
 
 
+@pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_errors_of_all_ranks_are_those_of_every_rank_by_itself(groups):
-    layer = candidate(groups)
+def test_the_errors_of_all_ranks_are_those_of_every_rank_by_itself(groups, split):
+    layer = candidate(groups, split=split)
     inputs, outputs = moment(groups, layer.columns), moment(groups, layer.rows, 1)
     target = layer.matrices()
     _, factors = best_order([layer], target, inputs, outputs, damping=DAMPING)
@@ -83,16 +87,17 @@ def test_the_errors_of_all_ranks_are_those_of_every_rank_by_itself(groups):
         assert best < truncated < everything
 
 
-def test_kernels_are_the_least_squares_answer():
-    """Behind the channel mixtures that were found, no other kernels do better; the truth is a dense lstsq."""
-    layer = candidate()
+@pytest.mark.parametrize("split", [0, 1])
+def test_left_kernels_are_the_least_squares_answer(split):
+    """Behind the right factor that was found, no other left one does better; the truth is a dense lstsq."""
+    layer = candidate(split=split)
     inputs, outputs = moment(1, layer.columns), moment(1, layer.rows, 1)
     target = layer.matrices()
     factors = layer_factors(layer, target, inputs, outputs, damping=DAMPING, max_rank=4)
     left, right = best_factors(layer, factors, 4, target, inputs, damping=DAMPING)
     root = torch.linalg.cholesky(damped(inputs, DAMPING))[0]
-    mixing = torch.einsum("rc,ab->racb", right[0], torch.eye(layer.kernel, dtype=torch.float64)).reshape(
-        4 * layer.kernel, -1
+    mixing = torch.einsum("rc,ab->racb", right[0], torch.eye(layer.left_kernel, dtype=torch.float64)).reshape(
+        4 * layer.left_kernel, -1
     )
     kernels = torch.linalg.lstsq((mixing @ root).T, (target[0] @ root).T).solution.T
     assert_close(product(layer, left, right)[0], kernels @ mixing)
@@ -105,11 +110,11 @@ def test_inputs_that_lie_in_few_channels_are_kept_whole():
     images = torch.einsum("cs,nshw->nchw", torch.randn(8, 3), torch.randn(40, 3, 9, 9)).double()
     rows = torch.nn.functional.unfold(images, 3).transpose(1, 2).flatten(0, 1)[None]
     inputs = rows.transpose(1, 2) @ rows / rows.shape[1]
-    order, factors = best_order(both(layer), layer.matrices(), inputs, moment(1, layer.rows), damping=1e-9)
-    assert order.pointwise_first
+    order, factors = best_order(every(layer), layer.matrices(), inputs, moment(1, layer.rows), damping=1e-9)
+    assert order.order == "pointwise_first"
     left, right = best_factors(order, factors, 3, layer.matrices(), inputs, damping=1e-9)
     new = order.stand_in(left, right)
-    assert (new.rank, new.pointwise_first) == (3, True)
+    assert (new.rank, new.split) == (3, 0)
     assert_close(new(images), layer.module(images), rtol=1e-4, atol=1e-4)
 
 
@@ -119,8 +124,25 @@ def test_outputs_that_lie_in_few_directions_keep_the_kernel_first():
         few = torch.randn(6, 2).double() @ torch.randn(2, 72).double()
         layer.module.weight.copy_(few.reshape(layer.module.weight.shape))
     moments = moment(1, layer.columns), moment(1, layer.rows, 1)
-    order, _ = best_order(both(layer), layer.matrices(), *moments, damping=1e-9)
-    assert not order.pointwise_first
+    order, _ = best_order(every(layer), layer.matrices(), *moments, damping=1e-9)
+    assert order.order == "kernel_first"
+
+
+def test_a_weight_of_separable_kernels_is_split():
+    """Every kernel a column times a row, of different columns and rows: only the split has a low rank."""
+    layer = candidate(channels_in=4, channels_out=12, kernel=(3, 3))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        columns, rows = torch.randn(2, 4, 3).double(), torch.randn(12, 2, 3).double()
+        layer.module.weight.copy_(torch.einsum("rca,orb->ocab", columns, rows))
+    moments = moment(1, layer.columns), moment(1, layer.rows, 1)
+    order, factors = best_order(every(layer), layer.matrices(), *moments, damping=1e-9)
+    assert order.order == "spatial_split"
+    images = torch.randn(5, 4, 9, 8).double()
+    new = order.stand_in(*best_factors(order, factors, 2, layer.matrices(), moments[0], damping=1e-9))
+    assert (new.rank, new.split) == (2, 1)
+    assert (new.right_factor.shape, new.left_factor.shape) == ((2, 4, 3, 1), (12, 2, 1, 3))
+    assert_close(new(images), layer.module(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_zero_weight_stays_zero():
@@ -128,7 +150,7 @@ def test_a_zero_weight_stays_zero():
     with torch.no_grad():
         layer.module.weight.zero_()
     moments = moment(1, layer.columns), moment(1, layer.rows, 1)
-    for order in both(layer):
+    for order in every(layer):
         _, factors = best_order([order], layer.matrices(), *moments, damping=DAMPING)
         left, right = best_factors(order, factors, 2, layer.matrices(), moments[0], damping=DAMPING)
         assert (left @ right).count_nonzero() == 0
@@ -148,16 +170,18 @@ def test_moments_of_which_only_the_diagonal_is_known(groups):
         for moments in (entries, tuple(map(torch.diag_embed, entries)))
     )
     assert_close(diagonal.left @ diagonal.right, whole.left @ whole.right)
-    order, factors = best_order(both(layer), layer.matrices(), *entries, damping=DAMPING)
+    order, factors = best_order(every(layer), layer.matrices(), *entries, damping=DAMPING)
     left, right = best_factors(order, factors, 2, layer.matrices(), entries[0], damping=DAMPING)
     assert left.shape[-1] == right.shape[-2] == 2
 
 
+@pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("damping", [0.0, DAMPING])
-def test_dead_channels_and_duplicates(damping):
-    layer = candidate()
+def test_dead_channels_and_duplicates(damping, split):
+    layer = candidate(split=split)
     inputs = moment(1, layer.columns)
-    inputs[:, : layer.kernel], inputs[:, :, : layer.kernel] = 0, 0  # the first channel is dead
+    entries = math.prod(layer.kernel)
+    inputs[:, :entries], inputs[:, :, :entries] = 0, 0  # the first channel is dead
     zero = torch.zeros_like(inputs)
     for moments in ((inputs, moment(1, layer.rows, 1, rows=2)), (zero, moment(1, layer.rows)), (inputs, None)):
         _, factors = best_order([layer], layer.matrices(), *moments, damping=damping)
@@ -167,9 +191,10 @@ def test_dead_channels_and_duplicates(damping):
         assert ((factors.gains >= 0) & (factors.gains <= 1)).all()
 
 
+@pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
-def test_weights_of_any_size(scale):
-    layer = candidate()
+def test_weights_of_any_size(scale, split):
+    layer = candidate(split=split)
     inputs, outputs = moment(1, layer.columns), moment(1, layer.rows, 1)
     plain = best_factors(
         layer,
@@ -197,7 +222,7 @@ def per_sample(model, batch):
     return StepOutput(losses, (logits.argmax(1) == batch[1]).float())
 
 
-@pytest.mark.parametrize("order", ["kernel_first", "pointwise_first", "best"])
+@pytest.mark.parametrize("order", ["kernel_first", "pointwise_first", "spatial_split", "best"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_solves_with_every_order(order, groups, tmp_path):
     torch.manual_seed(0)
@@ -215,9 +240,9 @@ def test_solves_with_every_order(order, groups, tmp_path):
     found = compress(
         model, per_sample, images(1), images(2), images(3), objective="budget", keep=0.4, conv_order=order, speed="none"
     )
-    used = {layer.pointwise_first for layer in found.layers if layer.rank is not None and layer.kind == "Conv2d"}
+    used = {layer.order for layer in found.layers if layer.rank is not None and layer.kind == "Conv2d"}
     if order != "best":
-        assert used == {order == "pointwise_first"}
+        assert used == {order}
     x = images(4)[0][0]
     with FlopCounterMode(display=False) as counter:
         found.model(x)

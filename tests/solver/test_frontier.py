@@ -1,12 +1,15 @@
 """Which measured models count as good as the original."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import Settings, StepOutput, compress
-from lrf_lightning.solver.frontier import _room
+from lrf_lightning.solver.frontier import Frontier, _room
+from lrf_lightning.solver.joint import calibrated
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,32 @@ def test_compact_goes_as_far_as_the_margins_allow_and_lossless_does_not():
     narrow, wide = kept("compact", 0.004), kept("compact", 0.2)
     assert wide < 0.7 * narrow
     assert kept("lossless", 0.2) > wide
+
+
+def test_outside_its_perturbation_range_a_prediction_counts_several_times():
+    """A rank beyond the range of its layer is taken where the others would lose more, and only there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
+    data = split(1)
+    parts = {"calibration": data, "selection": data, "verification": data}
+    work, dense = calibrated(model, per_sample, parts, settings=Settings(objective="budget"))
+
+    last = 12
+
+    def chosen(price, range_factor):
+        """Ranks of layers of which the range of one ends where it becomes small, and another costs more."""
+        for name, layer in work.layers.items():
+            count = layer.candidate.max_rank
+            change = torch.arange(count, 0, -1, dtype=torch.float64).square() * (price if name == "0" else 1.0)
+            allowed = torch.ones(count, dtype=torch.bool)
+            if name == "2":
+                allowed[:last] = False
+            work.curves[name] = replace(work.curves[name], change=change, allowed=allowed)
+        work.settings = replace(work.settings, range_factor=range_factor)
+        return Frontier(work, dense).allocation(0.45)
+
+    assert chosen(1.0, 1.0)["2"] <= last  # the factor of 1 takes the prediction at face value
+    ranks = chosen(1.0, 20.0)
+    assert ranks["2"] > last
+    assert ranks["0"] < chosen(1.0, 1.0)["0"]  # the layer that is inside its range pays
+    assert chosen(1e4, 20.0)["2"] <= last  # unless that costs even more

@@ -16,6 +16,7 @@ from lrf_lightning.solver.curves import component_derivatives
 from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.rows import row_reader
 from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
+from lrf_lightning.structure_hook import splits_in
 from lrf_lightning.surgery import find_layers, set_structure
 
 CLASSES = 4
@@ -180,7 +181,7 @@ def test_every_kind_is_solved_and_can_be_rebuilt(make, inputs, expected):
     assert result.params_model[1] == sum(parameter.numel() for parameter in result.model.parameters())
     assert result.params_layers[1] <= 0.6 * result.params_layers[0]
     fresh = make().eval()
-    set_structure(fresh, result.ranks)
+    set_structure(fresh, result.ranks, splits_in(result.model.state_dict()))
     fresh.load_state_dict(result.model.state_dict())
     with torch.no_grad():
         assert_close(fresh(x), result.model(x))

@@ -1,7 +1,6 @@
 """Rows of every layer kind against per-sample gradients from autograd, in float64."""
 
 import copy
-import math
 from dataclasses import replace
 
 import pytest
@@ -42,20 +41,19 @@ class Read:
         return torch.stack([self.gradient(slice(n * size, (n + 1) * size)) for n in range(self.samples)])
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(("dims", "split"), [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
 @pytest.mark.parametrize("name", CONVOLUTIONS[2])
-def test_components_that_mix_channels_first_are_the_derivatives_along_them(dims, name):
+def test_components_in_other_orders_are_the_derivatives_along_them(dims, split, name):
     if name not in CONVOLUTIONS[dims]:
         pytest.skip("a case of two dimensions")
     case = CONVOLUTIONS[dims][name]
     read = Read(case.dense().double(), case.inputs(torch.float64))
-    kernel = math.prod(read.layer.kernel_size)
-    candidate = replace(read.candidate, kernel=kernel, pointwise_first=True)
-    reader, (rows, columns) = row_reader(candidate), candidate.sides
+    candidate = replace(read.candidate, kernel=read.layer.kernel_size, split=split)
+    reader, kernel, (rows, columns) = row_reader(candidate), candidate.left_kernel, candidate.sides
     left = torch.randn(candidate.groups, rows, 3, dtype=torch.float64)
     right = torch.randn(candidate.groups, 3, columns, dtype=torch.float64)
     got = reader.components(reader.project(read.x, right, BATCH), read.grad, left, BATCH)
-    gradients = read.gradients().reshape(BATCH, candidate.groups, -1, columns, kernel)  # (B, g, m, c, k)
+    gradients = read.gradients().reshape(BATCH, candidate.groups, -1, columns, kernel)  # (B, g, m, d, l)
     by_entry = left.reshape(candidate.groups, -1, kernel, 3)
     assert_close(got, torch.einsum("bgmca,gmar,grc->br", gradients, by_entry, right))
 
