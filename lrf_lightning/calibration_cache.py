@@ -137,6 +137,8 @@ def _key(work: Workspace, candidates: list[Candidate], dense: Outcome) -> str:
         settings,
         work.settings.objective == "paper",
         [(c.name, c.kind, c.groups, c.rows, c.columns, list(c.twins)) for c in candidates],
+        # orders of the factors are compared at equal cost
+        work.settings.cost if any(len(c.orders(work.settings.conv_order)) > 1 for c in candidates) else None,
         measured.samples,
         figures,
     )

@@ -40,7 +40,7 @@ from lrf_lightning.surgery import Candidate
 
 __all__ = ["best_factors", "best_order", "layer_factors"]
 
-SHARES = (0.5, 0.25)  # of the dense layer's parameters at which the orders are compared
+SHARES = (0.5, 0.25)  # of the dense layer's cost at which the orders are compared
 RIDGE = 1e-10  # keeps regressions on dead channels solvable
 SMALLEST_ERROR = 1e-12  # below it is rounding
 
@@ -141,10 +141,11 @@ def best_order(
     output_moment: Tensor | None,
     *,
     damping: float,
+    costs: Sequence[float] | None = None,
 ) -> tuple[Candidate, Factors]:
-    """The order that leaves the smallest error in the metric with equally many parameters, and its components.
+    """The order that leaves the smallest error in the metric at equal cost, and its components.
 
-    Compared are the mean logarithms of the errors at a half and a quarter of the dense layer's parameters.
+    Compared are the mean logarithms of the errors at a half and a quarter of the dense layer's cost.
 
     Args:
         orders: the layer in the orders that come into question.
@@ -152,10 +153,12 @@ def best_order(
         input_moment: None for the identity.
         output_moment: None for the identity.
         damping: see :func:`~lrf_lightning.solver.factorization.factorize`.
+        costs: what one component costs in every order, as a share of the dense layer; by default in parameters.
     """
+    costs = [order.low_rank_params(1) / order.dense_params for order in orders] if costs is None else costs
     found: list[tuple[float, Candidate, Factors]] = []
     weighted, inputs = None, None  # the same for all orders
-    for order in orders:
+    for order, cost in zip(orders, costs, strict=True):
         if order.split is None:
             factors = factorize(target, input_moment, output_moment, damping=damping, max_rank=order.max_rank)
             errors = factors.relative_tail().square()
@@ -169,7 +172,7 @@ def best_order(
                     inputs = damped(input_moment, damping) * relative_traces(input_moment)[..., None]
                 truncated, errors = _errors(weighted, left, factors.right, inputs, order.left_kernel)
                 factors = replace(factors, gains=(errors / truncated).clamp_max(1.0))
-        ranks = [min(int(share * order.dense_params / order.low_rank_params(1)), len(errors)) for share in SHARES]
+        ranks = [min(int(share / cost), len(errors)) for share in SHARES]
         # without a component everything is lost
         score = sum(math.log(max(float(errors[rank - 1]), SMALLEST_ERROR)) for rank in ranks if rank > 0)
         found.append((score, order, factors))

@@ -73,7 +73,7 @@ class Settings:
         conv_order: order of the factors of a convolution: ``kernel_first`` (few output channels are computed with the
             kernel, then mixed), ``pointwise_first`` (input channels are mixed to a few, then the kernel is applied),
             ``spatial_split`` (a column of the kernel, then a row), or ``best``, whichever leaves the smallest error in
-            the metric, for every layer.
+            the metric at equal ``cost``, for every layer.
         batch_norm: whether running statistics of batch norms are estimated anew on the calibration data, where that
             lowers the loss on the selection split; needs splits of a thousand samples or more.
         damping: relative damping of the second moments of inputs and gradients, at least 0.

@@ -19,7 +19,7 @@ from lrf_lightning.solver.conv_orders import best_factors, best_order
 from lrf_lightning.solver.curves import Prediction
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
 from lrf_lightning.solver.factorization import Factors, decomposition_cost
-from lrf_lightning.solver.latency import LayerLatency
+from lrf_lightning.solver.latency import LayerLatency, ratio_at
 from lrf_lightning.solver.probes import Probe
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
@@ -215,7 +215,21 @@ class Workspace:
         inputs = None if settings.metric == "euclidean" else layer.inputs.mean
         outputs = layer.gradients.mean if settings.metric == "fisher" else None
         orders = candidate.orders(settings.conv_order)
-        return best_order(orders, candidate.matrices(), inputs, outputs, damping=settings.damping)
+        costs = [self._cost_of_component(layer, order) for order in orders] if len(orders) > 1 else None
+        return best_order(orders, candidate.matrices(), inputs, outputs, damping=settings.damping, costs=costs)
+
+    def _cost_of_component(self, layer: LayerStatistics, order: Candidate) -> float:
+        """What one component costs in an order, as a share of the dense layer, in the unit of the setting ``cost``."""
+        by_params = order.low_rank_params(1) / order.dense_params
+        if self.settings.cost == "params":
+            return by_params
+        ordered = replace(layer)
+        ordered.set_order(order.split)
+        rank = min(max(1, round(0.5 / by_params)), order.max_rank)
+        if self.settings.cost == "flops":
+            return ordered.flops(rank) / ordered.flops(None) / rank
+        measured = ratio_at(ordered, rank, self.device)
+        return by_params if measured is None else measured / rank
 
     def stand_in(self, layer: LayerStatistics, factors: Factors, rank: int) -> LowRankModule:
         """The low-rank layer of a rank, from components of the weight itself."""

@@ -145,6 +145,38 @@ def test_a_weight_of_separable_kernels_is_split():
     assert_close(new(images), layer.module(images), rtol=1e-4, atol=1e-4)
 
 
+def test_the_order_is_chosen_at_equal_cost():
+    """An order whose components cost half as much may keep twice as many, and wins if errors are alike."""
+    layer = candidate(channels_in=8, channels_out=8, kernel=(3, 3))
+    moments = moment(1, layer.columns), moment(1, layer.rows, 1)
+    for cheap, wanted in enumerate(every(layer)):
+        costs = [order.low_rank_params(1) / order.dense_params for order in every(layer)]
+        costs[cheap] /= 4
+        order, _ = best_order(every(layer), layer.matrices(), *moments, damping=DAMPING, costs=costs)
+        assert order == wanted
+
+
+@pytest.mark.parametrize("cost", ["flops", "latency"])
+def test_a_stride_makes_mixing_channels_first_dear(cost):
+    """At four times as many positions as the kernel; where parameters count, it is the best order here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, (1, 3), stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
+
+    def batches(seed):
+        generator = torch.Generator().manual_seed(seed)
+        few = torch.randn(60, 6, 16, 16, generator=generator)
+        x = torch.einsum("cs,nshw->nchw", torch.randn(16, 6, generator=torch.Generator().manual_seed(9)), few)
+        return [(x, x.mean((1, 2, 3)).gt(0).long())]
+
+    def chosen(cost):
+        options = {"objective": "budget", "keep": 0.8, "speed": "none", "include": ["0"], "probes": False}
+        found = compress(model, per_sample, batches(1), batches(2), batches(3), cost=cost, **options)
+        return next(layer.order for layer in found.layers if layer.name == "0")
+
+    assert chosen("params") == "pointwise_first"
+    assert chosen(cost) != "pointwise_first"
+
+
 def test_a_zero_weight_stays_zero():
     layer = candidate()
     with torch.no_grad():
