@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import torch
 from torch import Tensor, nn
 
 from lrf_lightning.solver.allocation import Option, RanksKey, allocate, cheapest, ranks_key
@@ -323,10 +324,14 @@ def _paired_error(differences: Tensor, weights: Tensor) -> float:
     return math.sqrt(float((share.square() * (differences - mean).square()).sum()) * pairs / (pairs - 1))
 
 
-def _weighed(curve: Curve, rank: int, range_factor: float) -> float:
-    """The predicted change of a rank, as much worse as it may be where the prediction does not hold."""
-    change = float(curve.change[rank - 1])
-    return change if bool(curve.allowed[rank - 1]) else range_factor * max(change, 0.0)
+def _weighed(curve: Curve, settings: Settings) -> Tensor:
+    """The predicted changes of all ranks, as much worse as they may be where the prediction does not hold.
+
+    A gain is not believed there.
+    """
+    first_order = curve.prediction.change(settings.first_order_errors) - curve.prediction.curvature
+    doubtful = settings.range_factor * (curve.change - first_order.clamp_max(0.0))
+    return torch.where(curve.allowed, curve.change, doubtful)
 
 
 def _options(work: Workspace) -> dict[str, list[Option]]:
@@ -334,11 +339,12 @@ def _options(work: Workspace) -> dict[str, list[Option]]:
     options: dict[str, list[Option]] = {}
     for name, layer in work.layers.items():
         curve, multiple = work.curves[name], work.rank_multiple
+        changes = _weighed(curve, work.settings)
         count = len(curve.change)
         grid = range(multiple, count + 1, multiple) if count >= multiple else range(1, count + 1)
         choices = [Option(None, work.cost(layer, None), 0.0)]
         choices += [
-            Option(rank, work.cost(layer, rank), _weighed(curve, rank, work.settings.range_factor))
+            Option(rank, work.cost(layer, rank), float(changes[rank - 1]))
             for rank in grid
             if work.is_worthwhile(layer, rank)
         ]
