@@ -25,8 +25,9 @@ from benchmarks.results import append_row, read_rows, write_section
 from benchmarks.training import trained
 from lrf_lightning import Settings, restore_dense
 from lrf_lightning.modules import LowRankModule
+from lrf_lightning.solver.conv_orders import best_factors, layer_factors
 from lrf_lightning.solver.evaluation import Outcome, evaluate
-from lrf_lightning.solver.factorization import damped, factorize
+from lrf_lightning.solver.factorization import damped
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.joint import calibrated
 from lrf_lightning.solver.statistics import LayerStatistics, collect_statistics
@@ -160,8 +161,10 @@ def gauss_newton(trial: Trial) -> nn.Module:
             module = multiplied.get_submodule(name)
             weight = _as_matrices(module, module.get_parameter("weight").detach())
             target = weight.double() - length * _natural(layer, _as_matrices(module, gradients[name]))
-            factors = factorize(target, layer.inputs.mean, layer.gradients.mean, damping=1e-2, max_rank=rank)
-            replace_module(corrected, name, factorized(module, *factors.truncated(rank)))
+            order, inputs = layer.candidate, layer.inputs.mean
+            factors = layer_factors(order, target, inputs, layer.gradients.mean, damping=1e-2, max_rank=rank)
+            best_of_rank = best_factors(order, factors, rank, target, inputs, damping=1e-2)
+            replace_module(corrected, name, factorized(module, *best_of_rank, split=order.split))
         best = min(best, (_mean(corrected, data), corrected), key=lambda item: item[0])
     return best[1]
 
@@ -176,6 +179,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "without the compensation": {"compensation": False},
     "kernel first in all convolutions": {"conv_order": "kernel_first"},
     "pointwise first in all convolutions": {"conv_order": "pointwise_first"},
+    "spatial split in all convolutions": {"conv_order": "spatial_split"},
     "new batch-norm statistics where selection falls": {"batch_norm": True},
     "without the perturbation range": {"probes": False},
     "without the first-order term": {"first_order_errors": 1e6},

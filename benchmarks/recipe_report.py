@@ -26,7 +26,7 @@ def write_report(recipe: str, folder: Path) -> None:
     """Write the section of one recipe, and the overview and the picture of all that have rows.
 
     Args:
-        recipe: the recipe that was measured.
+        recipe: name of the rows that were measured.
         folder: holds ``recipe_rows/`` and ``RESULTS.md``.
     """
     every = {path.stem: read_rows(path) for path in sorted((folder / "recipe_rows").glob("*.csv"))}
@@ -87,7 +87,8 @@ def _section(recipe: str, rows: Rows) -> str:
     days = sorted({row["date"] for row in rows})
     samples = ", ".join(f"{int(first[f'samples_{split}']):,} {split}" for split in ("calibration", "selection"))
     lines = [
-        f"`python -m benchmarks.recipes {recipe} --seeds {' '.join(_seeds(rows))}`, {' to '.join(days[:: len(days)])}, "
+        f"`python -m benchmarks.recipes {_options(recipe, first)} --seeds {' '.join(_seeds(rows))}`, "
+        f"{' to '.join(sorted({days[0], days[-1]}))}, "
         f"{'; '.join(sorted({row['machine'] for row in rows}))}. {samples} and "
         f"{int(first['samples_verification']):,} verification samples. {_load(rows)}",
         "",
@@ -97,6 +98,11 @@ def _section(recipe: str, rows: Rows) -> str:
         *_size_table(rows),
     ]
     return "\n".join(lines)
+
+
+def _options(name: str, row: dict[str, str]) -> str:
+    overrides = f" --set {row['overrides']}" if row["overrides"] else ""
+    return row["recipe"] + overrides + (f" --as {name}" if name != row["recipe"] else "")
 
 
 def _load(rows: Rows) -> str:

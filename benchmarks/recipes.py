@@ -53,7 +53,7 @@ FIGURES = (
     "samples_verification", "solve_seconds",
 )  # fmt: skip
 FIELDS = (
-    "recipe", "seed", "method", "keep", "verdict", "score_name", *FIGURES, "test_loss_dense", "test_loss",
+    "recipe", "overrides", "seed", "method", "keep", "verdict", "score_name", *FIGURES, "test_loss_dense", "test_loss",
     "test_score_name", "test_score_dense", "test_score", "processor_seconds", "training_seconds",
     "training_processor_seconds", "load", "date", "machine",
 )  # fmt: skip
@@ -69,11 +69,15 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the factorizable layers")
     parser.add_argument("--methods", nargs="+", default=[*OURS, *BASELINES], choices=[*OURS, *BASELINES])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="overrides for Hydra")
+    parser.add_argument("--as", dest="name", metavar="NAME", help="of the rows of one recipe with --set")
     parser.add_argument("--cache", type=Path, default=FOLDER / ".cache" / "recipes", help="folder of trained models")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where recipe_rows/ and RESULTS.md are")
     options = parser.parse_args()
+    if options.name and len(options.recipes) > 1:
+        parser.error(f"--as={options.name} names the rows of one recipe, not of {options.recipes}")
     for recipe in options.recipes:
-        path = options.out / "recipe_rows" / f"{recipe}.csv"
+        name = options.name or recipe
+        path = options.out / "recipe_rows" / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
             run = Run(recipe, seed, tuple(options.set), tuple(options.budgets), options.cache)
@@ -82,8 +86,9 @@ def main() -> None:
                 if any(row["seed"] == str(seed) and row["method"] == method for row in done):
                     continue
                 for row in run.rows(method, [row for row in done if row["seed"] == str(seed)]):
-                    append_row(path, FIELDS, {name: row.get(name, "") for name in FIELDS})
-        write_report(recipe, options.out)
+                    row |= {"overrides": " ".join(options.set)}
+                    append_row(path, FIELDS, {field: row.get(field, "") for field in FIELDS})
+        write_report(name, options.out)
 
 
 class Run:

@@ -20,21 +20,31 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
+from torch import nn
 
 from benchmarks.cost import Chain, loss, moment, tokens
 from benchmarks.results import write_section
 from lrf_lightning import compress
 from lrf_lightning.distributed import assigned
-from lrf_lightning.solver.factorization import decomposition_cost, factorize
+from lrf_lightning.solver.conv_orders import best_order, best_order_cost
 from lrf_lightning.solver.statistics import Moment
+from lrf_lightning.surgery import Candidate
 
 FOLDER = Path(__file__).parent
 DEPTH, WIDTH, SAMPLES = 24, 384, 2000
 SHALLOW, NARROW, GROUP = 12, 128, 3  # for the statistics in memory
-SIDES = ((64, 64), (64, 576), (128, 1152), (256, 256), (256, 2304), (512, 512), (512, 2048), (768, 768), (768, 3072))
-SHAPES = tuple((1, *sides) for sides in SIDES)
 WORLDS = (8, 64, 512)
-Shape = tuple[int, int, int]  # groups, output side, input side
+NOTHING = nn.Identity()
+
+
+def shaped(rows: int, columns: int, kernel: tuple[int, ...] = ()) -> Candidate:
+    """A linear layer or a convolution of which only the shape matters; ``columns`` has the kernel in it."""
+    return Candidate("", "Conv2d" if kernel else "Linear", NOTHING, 1, rows, columns, kernel=kernel)
+
+
+LINEAR = ((64, 64), (256, 256), (512, 512), (512, 2048), (768, 768), (768, 3072))
+CONVOLUTIONS = ((64, 576), (128, 1152), (256, 2304))
+LAYERS = (*(shaped(*sides) for sides in LINEAR), *(shaped(*sides, (3, 3)) for sides in CONVOLUTIONS))
 
 
 def main() -> None:
@@ -133,53 +143,57 @@ def _process(rank: int, world: int, folder: str) -> None:
 
 def _cost_model() -> list[str]:
     torch.set_num_threads(1)
-    return cost_parts({shape: _factorize_seconds(shape) for shape in SHAPES})
+    return cost_parts({layer: _seconds(layer) for layer in LAYERS})
 
 
-def cost_parts(measured: Mapping[Shape, float]) -> list[str]:
+def _cost(layer: Candidate) -> float:
+    return best_order_cost(layer.orders())
+
+
+def cost_parts(measured: Mapping[Candidate, float]) -> list[str]:
     """Measured seconds against estimates, and the simulation that follows from them."""
-    rates = {shape: seconds / decomposition_cost(*shape) for shape, seconds in measured.items()}
-    rate = statistics.median(rates.values())
+    rate = statistics.median(seconds / _cost(layer) for layer, seconds in measured.items())
     lines = [
-        "**The cost model of a decomposition** (`decomposition_cost`), which decides who decomposes what, against "
-        f"measured times; one multiply-add is taken for {1e9 * rate:.3f} ns, the median.",
+        "**The cost model of the decompositions** (`best_order_cost`), which decides who decomposes what, against "
+        "measured times; convolutions are decomposed in all orders of their factors. One multiply-add is taken for "
+        f"{1e9 * rate:.3f} ns, the median.",
         "",
-        "| weight | measured, ms | estimated, ms | measured / estimated |",
-        "|---|---|---|---|",
+        "| layer | weight | measured, ms | estimated, ms | measured / estimated |",
+        "|---|---|---|---|---|",
     ]
-    for shape, seconds in measured.items():
-        estimate = rate * decomposition_cost(*shape)
-        lines.append(
-            f"| {shape[1]} x {shape[2]} | {1000 * seconds:.1f} | {1000 * estimate:.1f} | {seconds / estimate:.2f} |"
-        )
+    for layer, seconds in measured.items():
+        estimate = rate * _cost(layer)
+        shown = f"{layer.kind}{' ' + ' x '.join(map(str, layer.kernel)) if layer.kernel else ''}"
+        cells = [f"{1000 * seconds:.1f}", f"{1000 * estimate:.1f}", f"{seconds / estimate:.2f}"]
+        lines.append(f"| {shown} | {layer.rows} x {layer.columns} | {' | '.join(cells)} |")
     return [
         "\n".join(lines),
         _simulation(rate, measured),
     ]
 
 
-def _factorize_seconds(shape: Shape) -> float:
+def _seconds(layer: Candidate) -> float:
     torch.manual_seed(0)
-    weight, moments = torch.randn(shape), [moment(size) for size in (shape[2], shape[1])]
+    weight, moments = torch.randn(1, layer.rows, layer.columns), [moment(size) for size in (layer.columns, layer.rows)]
     times = []
     for _ in range(6):
         started = time.process_time()
-        factorize(weight, *moments, damping=1e-2)
+        best_order(layer.orders(), weight, *moments, damping=1e-2)
         times.append(time.process_time() - started)
     return statistics.median(times[1:])
 
 
-def _simulation(rate: float, measured: Mapping[Shape, float]) -> str:
+def _simulation(rate: float, measured: Mapping[Candidate, float]) -> str:
     """The longest process under the assignment by estimates, with measured times where the shape was measured."""
-    errors = [seconds / (rate * decomposition_cost(*shape)) for shape, seconds in measured.items()]
-    known = {tuple(sorted(shape[1:])): seconds for shape, seconds in measured.items()}
+    errors = [seconds / (rate * _cost(layer)) for layer, seconds in measured.items()]
+    known = {_shape(layer): seconds for layer, seconds in measured.items()}
     lines = [
         "**Simulated**: decompositions for the curves dealt out by longest processing time first as estimated. A layer "
         "takes the time that was measured for its shape; layers of other shapes, which are all of those with a side "
         "above 3072, take their estimate times one of the factors measured above, drawn at random. Efficiency is the "
         "mean load over the largest; the critical path is the largest single decomposition, below which no number of "
-        "processes can go. One core of this machine per process. Not in it: the second order of convolutions, and the "
-        "compensation, whose layers follow each other and are solved one at a time whatever the number of processes.",
+        "processes can go. One core of this machine per process. Not in it: the compensation, whose layers follow each "
+        "other and are solved one at a time whatever the number of processes.",
         "",
         "| model | layers | all, s | critical path, s | "
         + " | ".join(f"{world} processes, s (efficiency)" for world in WORLDS)
@@ -187,12 +201,12 @@ def _simulation(rate: float, measured: Mapping[Shape, float]) -> str:
         "|---" * (4 + len(WORLDS)) + "|",
     ]
     generator = torch.Generator().manual_seed(0)
-    for name, shapes in models().items():
-        estimates = [rate * decomposition_cost(*shape) for shape in shapes]
-        picks = torch.randint(len(errors), (len(shapes),), generator=generator).tolist()
+    for name, layers in models().items():
+        estimates = [rate * _cost(layer) for layer in layers]
+        picks = torch.randint(len(errors), (len(layers),), generator=generator).tolist()
         true = [
-            known.get(tuple(sorted(shape[1:])), estimate * errors[pick])
-            for shape, estimate, pick in zip(shapes, estimates, picks, strict=True)
+            known.get(_shape(layer), estimate * errors[pick])
+            for layer, estimate, pick in zip(layers, estimates, picks, strict=True)
         ]
         cells = []
         for world in WORLDS:
@@ -200,30 +214,36 @@ def _simulation(rate: float, measured: Mapping[Shape, float]) -> str:
             for seconds, owner in zip(true, assigned(estimates, world), strict=True):
                 loads[owner] += seconds
             cells.append(f"{max(loads):.1f} ({100 * sum(loads) / world / max(loads):.0f} %)")
-        lines.append(f"| {name} | {len(shapes)} | {sum(true):.1f} | {max(true):.1f} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {len(layers)} | {sum(true):.1f} | {max(true):.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def models() -> dict[str, list[Shape]]:
-    """Shapes of the factorizable layers of known models, from the papers that introduced them."""
+def _shape(layer: Candidate) -> tuple[object, ...]:
+    """What the time of a decomposition depends on; that of a matrix without a kernel is that of its transpose."""
+    return (layer.rows, layer.columns, layer.kernel) if layer.kernel else tuple(sorted((layer.rows, layer.columns)))
+
+
+def models() -> dict[str, list[Candidate]]:
+    """The factorizable layers of known models, from the papers that introduced them."""
+    width, wide = shaped(768, 768), (shaped(3072, 768), shaped(768, 3072))
     return {
         "ResNet-50": _resnet50(),
-        "ViT-B/16": [(1, 768, 768)] + 12 * [*4 * [(1, 768, 768)], (1, 3072, 768), (1, 768, 3072)] + [(1, 1000, 768)],
-        "BERT-base": [(1, 768, 30522)] + 12 * [*4 * [(1, 768, 768)], (1, 3072, 768), (1, 768, 3072)],
-        "7 billion parameters": 32 * [*4 * [(1, 4096, 4096)], *2 * [(1, 11008, 4096)], (1, 4096, 11008)]
-        + [(1, 4096, 32000), (1, 32000, 4096)],
+        "ViT-B/16": [shaped(768, 768, (16, 16))] + 12 * [*4 * [width], *wide] + [shaped(1000, 768)],
+        "BERT-base": [shaped(768, 30522)] + 12 * [*4 * [width], *wide],
+        "7 billion parameters": 32 * [*4 * [shaped(4096, 4096)], *2 * [shaped(11008, 4096)], shaped(4096, 11008)]
+        + [shaped(4096, 32000), shaped(32000, 4096)],
     }
 
 
-def _resnet50() -> list[Shape]:
-    shapes: list[Shape] = [(1, 64, 3 * 49)]
+def _resnet50() -> list[Candidate]:
+    layers = [shaped(64, 3 * 49, (7, 7))]
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            shapes += [(1, width, inputs), (1, width, 9 * width), (1, 4 * width, width)]
-            shapes += [(1, 4 * width, inputs)] if block == 0 else []
+            layers += [shaped(width, inputs), shaped(width, 9 * width, (3, 3)), shaped(4 * width, width)]
+            layers += [shaped(4 * width, inputs)] if block == 0 else []
             inputs = 4 * width
-    return [*shapes, (1, 1000, 2048)]
+    return [*layers, shaped(1000, 2048)]
 
 
 if __name__ == "__main__":

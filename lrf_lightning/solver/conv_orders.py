@@ -35,10 +35,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lrf_lightning.solver.factorization import Factors, damped, factorize, relative_traces, roots
+from lrf_lightning.solver.factorization import (
+    EIGEN,
+    ENTRY,
+    Factors,
+    damped,
+    decomposition_cost,
+    factorize,
+    relative_traces,
+    roots,
+)
 from lrf_lightning.surgery import Candidate
 
-__all__ = ["best_factors", "best_order", "layer_factors"]
+__all__ = ["best_factors", "best_order", "best_order_cost", "layer_factors"]
 
 SHARES = (0.5, 0.25)  # of the dense layer's cost at which the orders are compared
 RIDGE = 1e-10  # keeps regressions on dead channels solvable
@@ -178,6 +187,31 @@ def best_order(
         found.append((score, order, factors))
     _, order, factors = min(found, key=lambda item: item[0])
     return order, factors
+
+
+def best_order_cost(orders: Sequence[Candidate]) -> float:
+    """Estimated time of :func:`best_order`, in multiply-adds of matrix products, for sharing the work out.
+
+    The kernel first is one :func:`~lrf_lightning.solver.factorization.factorize`. Another order takes one
+    eigendecomposition of the smaller side of its matrix, passes over the moment of the patches entry by entry, and the
+    products and the Cholesky decomposition of the regression at all ranks. See ``benchmarks/scaling.py`` for measured
+    times.
+
+    Args:
+        orders: the layer in the orders that come into question.
+    """
+    cost = 0.0
+    for order in orders:
+        if order.split is None:
+            cost += decomposition_cost(order.groups, order.rows, order.columns)
+            continue
+        (rows, read), width = order.sides, order.max_rank * order.left_kernel
+        small = min(rows, read)
+        products = rows * read * (read + small)
+        regression = width * (read * order.columns + width * read + order.rows * order.columns + 2 * order.rows * width)
+        entries = order.columns**2 + width**2
+        cost += order.groups * (EIGEN / 2 * small**3 + products + regression + width**3 / 3 + ENTRY * entries)
+    return cost
 
 
 def _is_regressed(candidate: Candidate, input_moment: Tensor | None) -> bool:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes, assigned
 from lrf_lightning.modules import LowRankModule
-from lrf_lightning.solver.conv_orders import best_factors, best_order
+from lrf_lightning.solver.conv_orders import best_factors, best_order, best_order_cost
 from lrf_lightning.solver.curves import Prediction
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
-from lrf_lightning.solver.factorization import Factors, decomposition_cost
+from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.latency import LayerLatency, ratio_at
 from lrf_lightning.solver.probes import Probe
 from lrf_lightning.solver.settings import Settings
@@ -240,10 +240,7 @@ class Workspace:
 
     def owners(self, layers: Mapping[str, LayerStatistics]) -> dict[str, int]:
         """The process that decomposes each layer, in all orders of its factors that come into question."""
-        costs = [
-            sum(decomposition_cost(o.groups, *o.sides) for o in layer.candidate.orders(self.settings.conv_order))
-            for layer in layers.values()
-        ]
+        costs = [best_order_cost(layer.candidate.orders(self.settings.conv_order)) for layer in layers.values()]
         return dict(zip(layers, assigned(costs, self.processes.size), strict=True))
 
     def _sent(self, factors: Factors | None, candidate: Candidate, source: int) -> Factors:
