@@ -84,6 +84,9 @@ def _layers_table(result: Solution, *, wide: bool) -> Table:
     table.add_column("layer", overflow="fold")
     table.add_column("kind", no_wrap=True)
     table.add_column("shape", no_wrap=True)
+    ordered = wide and any(layer.order for layer in layers)
+    if ordered:
+        table.add_column("order", no_wrap=True)
     for heading in ("rank", "params\nbefore", "params\nafter", "predicted\nchange", "std.\nerror"):
         table.add_column(heading, justify="right", no_wrap=True)
     places = loss_places(result) + 1
@@ -93,6 +96,7 @@ def _layers_table(result: Solution, *, wide: bool) -> Table:
             Text(layer.name or "(the model)"),
             Text(layer.kind),
             "x".join(map(str, layer.shape)),
+            *([(layer.order or "").replace("_", " ")] if ordered else []),
             f"dense/{layer.full_rank}" if layer.rank is None else f"{layer.rank}/{layer.full_rank}",
             count(layer.params_before, wide),
             count(layer.params_after, wide),
@@ -108,7 +112,7 @@ def _layers_table(result: Solution, *, wide: bool) -> Table:
         ("whole model", result.params_model),
     ):
         fewer = "" if not before else f"{100 * (after / before - 1):+.1f} %"
-        table.add_row(label, "", "", "", count(before, wide), count(after, wide), fewer)
+        table.add_row(label, *[""] * (4 if ordered else 3), count(before, wide), count(after, wide), fewer)
     return table
 
 

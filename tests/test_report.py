@@ -45,7 +45,9 @@ def test_the_layers_table_holds_the_figures_of_every_layer():
         if layer.curve is None:
             continue
         line = next(line for line in lines if line.strip().startswith(f"{layer.name} "))
-        cells = line.split()
+        order = (layer.order or "").replace("_", " ")
+        assert order in line
+        cells = line.replace(order, "").split()
         rank = "dense" if layer.rank is None else str(layer.rank)
         assert cells[1:4] == [layer.kind, "x".join(map(str, layer.shape)), f"{rank}/{layer.full_rank}"]
         assert cells[4:6] == [f"{layer.params_before:,}", f"{layer.params_after:,}"]
@@ -54,6 +56,16 @@ def test_the_layers_table_holds_the_figures_of_every_layer():
             assert float(cells[7]) == pytest.approx(layer.predicted_error, abs=1e-5)
         else:
             assert len(cells) == 6
+
+
+def test_a_wide_report_names_the_order_of_the_factors_of_convolutions():
+    result = tiny_result()
+    assert {layer.order for layer in result.layers} == {"spatial_split", None}
+    assert report(result).count("spatial split") == 1
+    assert "spatial" not in report(result, 80)
+    linear = [dataclasses.replace(layer, order=None) for layer in result.layers]
+    assert " order " in report(result)
+    assert " order " not in report(dataclasses.replace(result, layers=linear))
 
 
 def test_parameters_are_given_for_the_model_and_for_the_factorized_layers():
