@@ -107,6 +107,8 @@ class Run:
     ) -> None:
         self.recipe, self.seed, self.budgets, self.cache = recipe, seed, budgets, cache
         self.overrides = [f"recipe={recipe}", f"seed={seed}", *QUIET, *overrides]
+        # a training without compression has no such settings
+        self.of_training = [override for override in self.overrides if not override.startswith("callbacks.compress.")]
 
     def rows(self, method: str, done: Sequence[dict[str, str]]) -> list[Row]:
         """Measure one method.
@@ -160,7 +162,7 @@ class Run:
 
     def _trained(self) -> tuple[list[str], Row]:
         """Overrides that load what was trained, and the seconds that it took; a recipe without training has none."""
-        with TemporaryDirectory() as folder, _composed(folder, *self.overrides, "test=false") as cfg:
+        with TemporaryDirectory() as folder, _composed(folder, *self.of_training, "test=false") as cfg:
             if not cfg.train:
                 return [], {}
             settings = fingerprint(application._training_settings(cfg))
