@@ -68,6 +68,27 @@ def test_report(rows, tmp_path):
     assert (tmp_path / "recipes.png").stat().st_size > 10_000
 
 
+def test_rows_with_overrides_have_a_name_of_their_own(tmp_path, monkeypatch):
+    training = [item for item in TINY if "compress" not in item]
+    options = ["--seeds", "3", "--methods", "frontier", "--budgets", "0.6", "--set", *training]
+    options += ["callbacks.compress.types=[Linear]", "--as", "digits_linear"]
+    monkeypatch.setattr(sys, "argv", ["recipes", "digits", *options, "--cache", str(tmp_path), "--out", str(tmp_path)])
+    main()
+    (row,) = read_rows(tmp_path / "recipe_rows" / "digits_linear.csv")
+    assert row["recipe"] == "digits"
+    assert row["overrides"].endswith("callbacks.compress.types=[Linear]")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## Recipe digits_linear" in text
+    assert f"benchmarks.recipes digits --set {row['overrides']} --as digits_linear --seeds 3`" in text
+
+
+def test_a_name_is_for_one_recipe(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recipes", "digits", "finetuned", "--as", "both"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--as=both names the rows of one recipe" in capsys.readouterr().err
+
+
 def test_unknown_recipe(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recipes", "digit"])
     with pytest.raises(SystemExit):
