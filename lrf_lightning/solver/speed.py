@@ -38,10 +38,11 @@ from lrf_lightning.surgery import settle
 __all__ = ["measure_speed"]
 
 TIMING_SECONDS = 0.4  # for one runtime and batch size
-CALL_SECONDS = 0.25  # a batch that takes longer is cut
+CALL_SECONDS = 0.04, 0.25  # a batch that takes longer is cut: after a short solve at the first, after a long one later
+SOLVE_SHARE = 0.003  # of the solve so far that a call may take; a runtime and batch size are some 18 calls
 SHORTEST_SECONDS = 0.002  # calls are repeated until they take as long
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 31
-MOST_LAYERS = 6  # of those that are looked at where the model is not faster
+MOST_LAYERS = 4  # of those that are looked at where the model is not faster
 SLOWER = 1.02  # ratio of times from which a layer is called slower
 WEIGHTS_SHARE = 0.9  # of all weights that the part holds which is called instead of the whole
 
@@ -197,14 +198,15 @@ def _timings(work: Workspace, calls: list[_Call]) -> tuple[list[Timing], list[st
 
 def _affordable(work: Workspace, calls: list[_Call]) -> int:
     """The largest number of samples at which a call of the dense model takes no longer than it may."""
-    size = calls[0].size
+    size, (shortest, longest) = calls[0].size, CALL_SECONDS
+    limit = min(max(SOLVE_SHARE * sum(work.seconds.values()), shortest), longest)
     for _ in range(3 if work.processes.size == 1 else 0):
         call = calls[0].resized(size)
         call.seconds()
         took = call.seconds()
-        if took <= 1.5 * CALL_SECONDS or size == 1:
+        if took <= 1.5 * limit or size == 1:
             break
-        size = max(1, int(size * CALL_SECONDS / took))
+        size = max(1, int(size * limit / took))
     return size
 
 
