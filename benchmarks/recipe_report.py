@@ -134,6 +134,8 @@ def _score_name(rows: Rows) -> str:
 
 def _objective_table(rows: Rows) -> list[str]:
     """Lossless and compact of every seed, and both baselines at the size of ours."""
+    if not any(_of(rows, objective) for objective in ("lossless", "compact")):
+        return []
     name = _score_name(rows) + (", points" if _in_points(rows) else "")
     lines = [
         "Change on the verification split, with the one-sided 95 % bound that matters; baselines at the same share of "
