@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.fashion import batches, splits
 from benchmarks.quality import KEPT, loss
@@ -28,8 +28,9 @@ from lrf_lightning.solver.evaluation import Outcome, evaluate
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.joint import calibrated
+from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Workspace
-from lrf_lightning.surgery import factorized, replace_module
+from lrf_lightning.surgery import replace_module
 
 FOLDER = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -78,9 +79,10 @@ def _measured(seed: int) -> Iterator[Point]:
     settings = Settings(objective="budget")
     work, selection = calibrated(model, loss, parts, settings=settings)
     # the moments of the inputs are forgotten after the curves, so the components are taken from a pass of their own
-    factors = work.factorized(work.statistics([layer.candidate for layer in work.layers.values()]), lambda: None)
+    layers = work.statistics([layer.candidate for layer in work.layers.values()])
+    factors = work.factorized(layers, lambda: None)
     for name in work.layers:
-        yield from _layer(work, name, factors[name], dense, test)
+        yield from _layer(work, layers[name], factors[name], dense, test)
     frontier = Frontier(work, selection)
     for keep in KEPT:
         point = frontier.at(keep)
@@ -90,18 +92,21 @@ def _measured(seed: int) -> Iterator[Point]:
         yield Point("whole model, compensated", raw, point.predicted, actual, error, point.within_range)
 
 
-def _layer(work: Workspace, name: str, factors: Factors, dense: Outcome, test: list) -> Iterator[Point]:  # type: ignore[type-arg]
-    curve, module = work.curves[name], work.layers[name].candidate.module
+def _layer(
+    work: Workspace, layer: LayerStatistics, factors: Factors, dense: Outcome, test: list[tuple[Tensor, Tensor]]
+) -> Iterator[Point]:
+    name, module = layer.candidate.name, layer.candidate.module
+    curve = work.curves[name]
     count = len(curve.change)
     for rank in sorted({max(1, round(share * count)) for share in SHARES}):
-        replace_module(work.model, name, factorized(module, *factors.truncated(rank)))
+        replace_module(work.model, name, work.stand_in(layer, factors, rank))
         actual, error = _change(work.model, dense, test)
         replace_module(work.model, name, module)
         raw = float(curve.prediction.change(work.settings.first_order_errors)[rank - 1])
         yield Point("one layer", raw, float(curve.change[rank - 1]), actual, error, bool(curve.allowed[rank - 1]))
 
 
-def _change(model: nn.Module, dense: Outcome, test: list) -> tuple[float, float]:  # type: ignore[type-arg]
+def _change(model: nn.Module, dense: Outcome, test: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     difference = evaluate(model, loss, test, CPU).losses - dense.losses
     return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
 
