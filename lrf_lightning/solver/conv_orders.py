@@ -22,8 +22,7 @@ and given V the kernels are the least-squares answer in the metric itself, with 
 whatever S is, since every output is a regression of its own. The error of that is known for all ranks from a single
 Cholesky decomposition of T A T', whose leading blocks belong to the smaller ranks.
 
-Letters as in :mod:`lrf_lightning.solver.rows`; moments
-are damped as in :mod:`lrf_lightning.solver.factorization`.
+Letters as in :mod:`lrf_lightning.solver.rows`; moments are damped as in :mod:`lrf_lightning.solver.factorization`.
 """
 
 from __future__ import annotations

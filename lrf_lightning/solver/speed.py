@@ -38,7 +38,7 @@ from lrf_lightning.surgery import settle
 __all__ = ["measure_speed"]
 
 TIMING_SECONDS = 0.4  # for one runtime and batch size
-CALL_SECONDS = 0.04, 0.25  # a batch that takes longer is cut: after a short solve at the first, after a long one later
+CALL_SECONDS = 0.04, 0.25  # a batch that takes longer is cut; the first after a short solve, at most the second
 SOLVE_SHARE = 0.003  # of the solve so far that a call may take; a runtime and batch size are some 18 calls
 SHORTEST_SECONDS = 0.002  # calls are repeated until they take as long
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 31
