@@ -7,6 +7,8 @@ inside :meth:`Processes.together`, which lets all of them end with the cause nam
 
 from __future__ import annotations
 
+import atexit
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -198,8 +200,24 @@ def current_processes(device: torch.device) -> Processes:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return ALONE
+    _group_ends_before_python()
     on_gpu = dist.get_backend() == dist.Backend.NCCL and device.type == "cuda"
     return Processes(dist.get_rank(), dist.get_world_size(), None, device if on_gpu else torch.device("cpu"))
+
+
+@functools.cache
+def _group_ends_before_python() -> None:
+    """End the process group when the program ends, as Lightning does for NCCL only.
+
+    A thread of gloo frees the tensors of the last collective and asks Python to free their wrappers. If Python is
+    being taken down at that moment, the process is aborted ("terminate called without an active exception").
+    """
+    atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def assigned(costs: Iterable[float], processes: int) -> list[int]:
