@@ -2,15 +2,18 @@ r"""Choose one rank per layer: the multiple-choice knapsack, by its Lagrangian.
 
 Layer i offers options (cost c, predicted change of the loss J): its dense weight, with J = 0, and every allowed rank.
 For a price lambda the best choice minimises sum J_i + lambda * sum c_i and separates over the layers; as lambda rises
-from 0 the choices walk along the lower convex hull of each layer's options. The steps of all hulls, sorted by price,
-are one path of nested allocations from the largest to the smallest model. Between two of its vertices the remaining
-budget is filled greedily. (Sinha and Zoltners 1979, The multiple-choice knapsack problem.)
+the choices walk along the lower convex hull of each layer's options. The steps of all hulls, sorted by price, are one
+path of nested allocations from the dense model to the smallest one. Between two of its vertices the remaining budget is
+filled greedily. (Sinha and Zoltners 1979, The multiple-choice knapsack problem.)
+
+The path starts at the dense model even where smaller ones are predicted to be better, so its first prices may be
+negative. A predicted gain decides what is cut first, never how much is cut: gains are the least certain predictions,
+and with little data all layers together promised so much that far more was cut than had been asked for.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +52,7 @@ class Allocation:
 
 
 def path(options: Mapping[str, Sequence[Option]]) -> list[Allocation]:
-    """All allocations that are optimal for some price, from the cheapest change of the loss to the lowest cost.
+    """All allocations that are optimal for some price, negative ones included, from the highest cost to the lowest.
 
     Args:
         options: every layer's options by name, each at least one.
@@ -93,6 +96,8 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> Allocati
 def _filled(options: Mapping[str, Sequence[Option]], start: Mapping[str, Option], budget: float) -> dict[str, Option]:
     """Spend the rest of the budget on the exchange with the largest gain per cost until none fits.
 
+    Every exchange leads to a higher cost. A gain that is predicted for the cheaper choice is no reason to keep it.
+
     A layer's best exchange can only get worse as the budget shrinks, so that only the one on top of the heap needs to
     be looked up again.
     """
@@ -120,20 +125,23 @@ def _filled(options: Mapping[str, Sequence[Option]], start: Mapping[str, Option]
 
 
 def _best_exchange(choices: Sequence[Option], now: Option, left: float) -> tuple[float, Option] | None:
-    """The affordable choice with the largest gain per additional cost, and that rate; None if nothing is gained."""
+    """The affordable, more expensive choice with the largest gain per additional cost, and that rate.
+
+    None if every one is predicted to be worse than both the present choice and the dense weight.
+    """
     best: tuple[float, Option] | None = None
     for option in choices:
-        gain, extra = now.change - option.change, option.cost - now.cost
-        if gain > 0 and extra <= left:
-            rate = gain / extra if extra > 0 else math.inf
+        extra = option.cost - now.cost
+        if 0 < extra <= left and option.change <= max(now.change, 0.0):
+            rate = (now.change - option.change) / extra
             if best is None or rate > best[0]:
                 best = (rate, option)
     return best
 
 
 def _hull(choices: Sequence[Option]) -> list[Option]:
-    """Lower convex hull of (cost, change), starting at the lowest change and running towards lower cost."""
-    start = min(choices, key=lambda option: (option.change, option.cost))
+    """Lower convex hull of (cost, change), starting at the highest cost and running towards lower cost."""
+    start = min(choices, key=lambda option: (-option.cost, option.change))
     hull = [start]
     for option in sorted(choices, key=lambda option: (-option.cost, option.change)):
         if option.cost >= hull[-1].cost:
@@ -145,12 +153,12 @@ def _hull(choices: Sequence[Option]) -> list[Option]:
 
 
 def _price(expensive: Option, cheap: Option) -> float:
-    """Increase of the loss per unit of cost that is saved."""
+    """Increase of the loss per unit of cost that is saved, negative where a gain is predicted."""
     return (cheap.change - expensive.change) / (expensive.cost - cheap.cost)
 
 
 def _start_and_steps(options: Mapping[str, Sequence[Option]]) -> tuple[dict[str, Option], list[tuple[str, Option]]]:
-    """The choices of the lowest change, and the exchanges that walk down all hulls in the order of their price."""
+    """The choices of the highest cost, and the exchanges that walk down all hulls in the order of their price."""
     hulls = {name: _hull(choices) for name, choices in options.items()}
     steps = sorted(
         (_price(hull[i], hull[i + 1]), i, name) for name, hull in hulls.items() for i in range(len(hull) - 1)
