@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lrf_lightning.callbacks.rank_monitor import RankMonitor
     from lrf_lightning.checkpoint import CheckpointError, load_compressed, read_metadata, restore_dense
     from lrf_lightning.export import ExportError, export_onnx, export_program
-    from lrf_lightning.solver.evaluation import StepOutput
+    from lrf_lightning.solver.evaluation import LossTerms, StepOutput
     from lrf_lightning.solver.settings import Settings
     from lrf_lightning.structure_hook import LowRankCheckpointMixin
 
@@ -25,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "CompressionResult",
     "ExportError",
+    "LossTerms",
     "LowRankCheckpointMixin",
     "LowRankCompression",
     "RankMonitor",
@@ -43,6 +44,7 @@ _HOMES = {
     "CheckpointError": "lrf_lightning.checkpoint",
     "CompressionResult": "lrf_lightning.api",
     "ExportError": "lrf_lightning.export",
+    "LossTerms": "lrf_lightning.solver.evaluation",
     "LowRankCheckpointMixin": "lrf_lightning.structure_hook",
     "LowRankCompression": "lrf_lightning.callbacks.compression",
     "RankMonitor": "lrf_lightning.callbacks.rank_monitor",

@@ -15,6 +15,7 @@ from torch import nn
 
 from lrf_lightning import random_state
 from lrf_lightning.batches import fixed_order, overlaps
+from lrf_lightning.loss_calls import ExplainedLoss
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.joint import CalibrationStep, solve
 from lrf_lightning.solver.result import Solution
@@ -104,7 +105,9 @@ def compress(
     Args:
         model: any trained module; a copy of it is compressed, the model itself is not touched.
         loss: ``loss(model, batch)``, a Tensor of shape (batch,) with one loss per sample or () with the mean over the
-            batch, or a :class:`~lrf_lightning.StepOutput` that also holds a score. It is called in evaluation mode.
+            batch, or a :class:`~lrf_lightning.StepOutput` that also holds a score. It is called in evaluation mode. The
+            losses of samples, and of their tokens or pixels, are found where it calls a common loss function of torch
+            (:class:`~lrf_lightning.loss_calls.ExplainedLoss`); otherwise give them as ``StepOutput.terms``.
         calibration: batches for statistics, predictions and compensation, best held out from training. Like the other
             two, a DataLoader, whose order is drawn once; an iterator, which is read into memory; or any iterable that
             yields the same samples in the same order each time it is run through.
@@ -143,7 +146,7 @@ def compress(
             warnings.warn(warning, stacklevel=2)
         solution = solve(
             model,
-            loss,
+            ExplainedLoss(loss),
             **splits,
             settings=checked,
             device=None if device is None else torch.device(device),

@@ -43,7 +43,7 @@ __all__ = ["CalibrationCache", "locked"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # what is read after the calibration only; a new setting counts until it is listed here
 LATER = {
     "objective", "keep", "budgets", "cost", "tolerance", "score_tolerance", "ties", "loss_margin", "score_margin",

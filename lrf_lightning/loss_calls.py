@@ -11,8 +11,10 @@ A Lightning step returns one number for a batch. While it runs, :class:`LossCall
 Where some targets are ignored (padding, the last token of a text), the batch's mean is taken over the others, so a
 sample counts by its number of them: its loss is the sum over its rows, divided by the mean number per sample.
 
-Whether these are the step's loss is not decided here: :func:`agrees` compares their mean with what the step returned,
-which fails, as it should, for class weights and losses of several terms.
+Whether these are the loss is found by comparison: :func:`agrees` compares their mean with what the step returned, which
+fails, as it should, for class weights and losses that are a sum of several ones.
+
+:class:`ExplainedLoss` does the same for a user's own ``loss(model, batch)``.
 """
 
 from __future__ import annotations
@@ -20,15 +22,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LossCall", "LossCalls", "agrees"]
+from lrf_lightning.solver.evaluation import LossFunction, LossTerms, StepOutput, batch_size
+
+__all__ = ["ExplainedLoss", "LossCall", "LossCalls", "agrees"]
 
 WATCHED: frozenset[Callable[..., Any]] = frozenset(
     {functional.cross_entropy, functional.nll_loss, functional.binary_cross_entropy_with_logits, functional.mse_loss}
@@ -57,9 +62,14 @@ class LossCall:
 
     def per_sample(self, size: int) -> Tensor | None:
         """Loss of every sample, shape (size,), differentiable, in float32 or wider; None if rows fit no sample."""
-        options = {name: _widened(value) for name, value in self.options.items()}
-        rows = self.function(_widened(self.input), _widened(self.target), **options, reduction="none")
-        return self._by_sample(rows, size)
+        return self._by_sample(self._rows, size)
+
+    def terms(self, size: int) -> LossTerms | None:
+        """What the rows of every sample add to its loss; None if there is one row per sample, or rows fit no sample."""
+        rows, valid = _rows_by_sample(self._rows, size), self._valid
+        if rows is None or rows.shape[1] == 1:
+            return None
+        return LossTerms.of(rows, None if valid is None else valid.reshape(size, -1))
 
     def correct(self, size: int) -> Tensor | None:
         """Share of rows whose largest logit is the target's.
@@ -89,6 +99,12 @@ class LossCall:
             return None
         return self.input.detach() if self._valid is None else None
 
+    @cached_property
+    def _rows(self) -> Tensor:
+        """The loss without reduction."""
+        options = {name: _widened(value) for name, value in self.options.items()}
+        return self.function(_widened(self.input), _widened(self.target), **options, reduction="none")
+
     @property
     def _has_classes(self) -> bool:
         return self.function in CLASSIFIERS and not self.target.is_floating_point() and self.input.dim() >= 2
@@ -103,8 +119,11 @@ class LossCall:
 
     def _by_sample(self, rows: Tensor, size: int) -> Tensor | None:
         """Values of rows, zero at ignored ones, as values of shape (size,) whose mean is that over the valid rows."""
-        valid, means = self._valid, _mean_over_rows(rows, size)
-        return means if valid is None or means is None else means * (valid.numel() / valid.sum())
+        valid, by_sample = self._valid, _rows_by_sample(rows, size)
+        if by_sample is None:
+            return None
+        means = by_sample.mean(1)
+        return means if valid is None else means * (valid.numel() / valid.sum())
 
 
 class LossCalls(TorchFunctionMode):
@@ -128,6 +147,50 @@ class LossCalls(TorchFunctionMode):
         return result
 
 
+class ExplainedLoss:
+    """A user's loss, given per sample and with its terms where a call of a watched loss function shows them.
+
+    A loss that is a mean over the batch is given per sample; one per sample gets the terms that it is a mean of, such
+    as tokens. What the user gave is kept otherwise, the score included. Watching takes time with every operation of the
+    model, so it ends if the first batch shows nothing.
+
+    Args:
+        loss: see :data:`~lrf_lightning.solver.evaluation.LossFunction`.
+    """
+
+    def __init__(self, loss: LossFunction) -> None:
+        self.loss = loss
+        self._plain = False
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor | StepOutput:
+        """The loss of one batch."""
+        if self._plain:
+            return self.loss(model, batch)
+        with LossCalls() as watch:
+            output = self.loss(model, batch)
+        plain = output if isinstance(output, StepOutput) else StepOutput(output)
+        if not isinstance(plain.loss, Tensor) or plain.loss.dim() > 1 or plain.terms is not None:
+            return output
+        size = batch_size(batch)
+        for call in watch.calls:
+            losses = call.per_sample(size)
+            if losses is None:
+                continue
+            if plain.loss.dim() == 0 and agrees(losses, plain.loss):
+                return replace(plain, loss=losses, terms=call.terms(size))
+            if plain.loss.dim() == 1 and _same(losses, plain.loss) and (terms := call.terms(size)) is not None:
+                return replace(plain, terms=terms)
+        self._plain = True
+        return output
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape:
+        return False
+    relative = max(1e-4, 4 * torch.finfo(second.dtype).eps)
+    return torch.allclose(first.detach().double(), second.detach().double(), rtol=relative, atol=1e-9)
+
+
 def agrees(per_sample: Tensor, loss: Tensor) -> bool:
     """Whether the mean of per-sample losses is the loss, within 1e-4 or a few roundings; never for an infinite loss."""
     mean, value = float(per_sample.detach().double().mean()), float(loss.detach().double())
@@ -137,10 +200,10 @@ def agrees(per_sample: Tensor, loss: Tensor) -> bool:
     return abs(mean - value) <= relative * abs(value) + 1e-9
 
 
-def _mean_over_rows(rows: Tensor, size: int) -> Tensor | None:
+def _rows_by_sample(rows: Tensor, size: int) -> Tensor | None:
     if rows.dim() == 0 or size < 1 or rows.shape[0] == 0 or rows.shape[0] % size:
         return None
-    return rows.reshape(size, -1).mean(1)
+    return rows.reshape(size, -1)
 
 
 def _widened(value: Any) -> Any:

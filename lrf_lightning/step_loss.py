@@ -28,7 +28,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
-from lrf_lightning.loss_calls import agrees
+from lrf_lightning.loss_calls import ExplainedLoss, agrees
 from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode
 from lrf_lightning.step_record import StepRecord, run_step
 
@@ -77,6 +77,7 @@ class StepLoss:
         loss: Callable[[nn.Module, Any], Tensor | StepOutput] | None = None,
     ) -> None:
         self.trainer, self.score, self.loss = trainer, score, loss
+        self._own = None if loss is None else ExplainedLoss(loss)
         self._source: _Source | None = None
 
     @property
@@ -117,8 +118,8 @@ class StepLoss:
         if not isinstance(module, LightningModule):
             raise TypeError(f"module is a {type(module).__name__}; StepLoss takes a LightningModule, or pass loss=")
         with self._attached(module):
-            if self.loss is not None:
-                output = self.loss(module, batch)
+            if self._own is not None:
+                output = self._own(module, batch)
                 output = StepOutput(output) if isinstance(output, Tensor) else output
                 return output if self.score is None else _with_score(output, self._extra_score(module, batch, None))
             if self._source is None:
@@ -250,7 +251,8 @@ def _output(record: StepRecord, loss: Tensor, size: int) -> StepOutput:
             losses = call.per_sample(size)
             if losses is not None and agrees(losses, loss):
                 logits = call.logits(size)
-                return StepOutput(losses, call.correct(size), logits, None if logits is None else call.target)
+                target = None if logits is None else call.target
+                return StepOutput(losses, call.correct(size), logits, target, call.terms(size))
     scores = [score for call in record.calls if (score := call.correct(size)) is not None]
     return StepOutput(loss, scores[0] if len(scores) == 1 else None)
 
@@ -260,7 +262,7 @@ def _with_score(output: StepOutput, score: Tensor) -> StepOutput:
     known = output.score
     if known is not None and known.dim() == 1 and score.dim() == 0 and abs(float(known.mean()) - float(score)) < 1e-6:
         return output
-    return StepOutput(output.loss, score, output.logits, output.target)
+    return replace(output, score=score)
 
 
 def _logged_name(score: str, logged: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lrf_lightning.loss_calls import LossCalls, agrees
+from lrf_lightning import LossTerms, StepOutput
+from lrf_lightning.loss_calls import ExplainedLoss, LossCalls, agrees
 
 
 def watched(function):
@@ -64,6 +65,10 @@ class TestRows:
         assert agrees(call.per_sample(2), result)
         assert call.logits(2) is None, "logits of tokens are not kept"
         assert call.per_sample(4) is None, "6 rows fit no 4 samples"
+        assert call.terms(4) is None
+        assert call.terms(6) is None, "one row per sample"
+        assert call.terms(2).count == 3
+        torch.testing.assert_close(call.terms(2).values.sum(1), expected)
 
     @pytest.mark.parametrize("ignore_index", [-100, 2])
     def test_ignored_tokens_leave_the_mean_over_the_others(self, ignore_index):
@@ -77,6 +82,10 @@ class TestRows:
         tokens = 3 + 1 + 5
         torch.testing.assert_close(call.per_sample(3), torch.stack(sums) / (tokens / 3))
         assert agrees(call.per_sample(3), result)
+        terms = call.terms(3)
+        assert terms.count == tokens / 3
+        torch.testing.assert_close(terms.per_sample, call.per_sample(3))
+        assert ((terms.values == 0) == (target == ignore_index)).all()
         hits = (logits.argmax(2) == target) & (target != ignore_index)
         torch.testing.assert_close(call.correct(3), hits.sum(1) / (tokens / 3))
 
@@ -163,3 +172,55 @@ def test_all_calls_are_noted_in_order_and_others_are_not():
     assert [call.function for call in calls] == [functional.mse_loss, functional.cross_entropy]
     functional.mse_loss(LOGITS, LOGITS)
     assert len(calls) == 2, "nothing is watched afterwards"
+
+
+class TestExplainedLoss:
+    """What a user's own loss is a mean of; the model stands for its logits."""
+
+    LOGITS = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
+    TOKENS = torch.tensor([[0, 1, 3, 1, 0], [1, 3, 0, 0, 3], [3, 0, 0, 1, 1]])
+
+    def rows(self):
+        return functional.cross_entropy(self.LOGITS.transpose(1, 2), self.TOKENS, reduction="none")
+
+    def test_a_mean_over_all_tokens(self):
+        output = ExplainedLoss(lambda model, batch: functional.cross_entropy(model.flatten(0, 1), batch.flatten()))(
+            self.LOGITS, self.TOKENS
+        )
+        torch.testing.assert_close(output.loss, self.rows().mean(1))
+        torch.testing.assert_close(output.terms.values, self.rows() / 5)
+        assert output.terms.count == 5
+        assert output.score is None
+
+    def test_a_loss_per_sample_with_a_score(self):
+        given = StepOutput(self.rows().mean(1), torch.ones(3))
+        output = ExplainedLoss(lambda model, batch: (self.rows(), given)[1])(self.LOGITS, self.TOKENS)
+        assert output.loss is given.loss
+        assert output.score is given.score
+        torch.testing.assert_close(output.terms.per_sample, given.loss)
+
+    def test_terms_that_were_given_are_kept(self):
+        terms = LossTerms.of(2 * self.rows())
+        given = StepOutput(terms.per_sample, terms=terms)
+        assert ExplainedLoss(lambda model, batch: given)(self.LOGITS, self.TOKENS) is given
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            lambda model, batch: functional.cross_entropy(model[:, 0], batch[:, 0], reduction="none"),
+            lambda model, batch: 3 * functional.cross_entropy(model.transpose(1, 2), batch),
+            lambda model, batch: model.mean(),
+        ],
+        ids=["one term per sample", "another factor", "no watched function"],
+    )
+    def test_what_no_call_explains_is_watched_once(self, loss):
+        seen = []
+
+        def noted(model, batch):
+            seen.append(len(torch.overrides._get_current_function_mode_stack()))
+            return loss(model, batch)
+
+        explained = ExplainedLoss(noted)
+        for _ in range(2):
+            torch.testing.assert_close(explained(self.LOGITS, self.TOKENS), loss(self.LOGITS, self.TOKENS))
+        assert seen == [1, 0]

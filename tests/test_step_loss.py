@@ -115,6 +115,24 @@ class TestSources:
         assert output.score.shape == (8,), "the accuracy is known nevertheless"
         assert output.logits is None
 
+    def test_tokens_are_terms_whatever_the_score(self):
+        class Tokens(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(6, CLASSES)
+
+            def validation_step(self, batch, batch_idx):
+                x, y = batch
+                return functional.cross_entropy(self.head(x).flatten(0, 1), y.flatten())
+
+        module = Tokens()
+        x, y = torch.randn(4, 5, 6), torch.randint(CLASSES, (4, 5))
+        rows = functional.cross_entropy(module.head(x).transpose(1, 2), y, reduction="none")
+        for score in (None, lambda module, batch: torch.ones(4)):
+            output = StepLoss(score=score)(module, (x, y))
+            torch.testing.assert_close(output.terms.values, rows / 5)
+            torch.testing.assert_close(output.loss, output.terms.per_sample)
+
     def test_decided_once_for_all_batches(self, batch):
         class Changes(Classifier):
             calls = 0

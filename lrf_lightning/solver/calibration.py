@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lrf_lightning.solver.compensation import can_be_fitted
-from lrf_lightning.solver.curves import Prediction, component_derivatives, predict, tail_derivatives
+from lrf_lightning.solver.curves import Prediction, Tails, component_derivatives, predict
 from lrf_lightning.solver.evaluation import Outcome, batch_size, evaluate, evaluation_mode, to_device
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.hooks import observe_inputs
@@ -135,10 +134,11 @@ def _draw_curves(
             work.loss,
             work.calibration,
             work.device,
+            seed=settings.seed,
             processes=work.processes,
             advance=advance,
         )
-    tails = {name: tail_derivatives(*derivatives[name], factors[name].gains) for name in layers}
+    tails = {name: derivatives[name].tails(factors[name].gains) for name in layers}
     predictions = {name: predict(tails[name], factors[name].relative_tail(), work.processes) for name in layers}
     probes: dict[str, list[Probe]] = {name: [] for name in layers}
     if probing is not None:
@@ -158,7 +158,7 @@ def _measure_probes(
     layers: Mapping[str, LayerStatistics],
     factors: Mapping[str, Factors],
     predictions: Mapping[str, Prediction],
-    tails: Mapping[str, Tensor],
+    tails: Mapping[str, Tails],
     probing: _Probing,
     group_count: int,
 ) -> dict[str, list[Probe]]:
@@ -172,7 +172,7 @@ def _measure_probes(
             for level in levels:
                 chosen = dict(zip(group, level, strict=True))
                 joint = predicted_probe(
-                    [tails[name][:, rank - 1] for name, rank in chosen.items()],
+                    [(tails[name], rank) for name, rank in chosen.items()],
                     work.settings.first_order_errors,
                     work.processes,
                 )

@@ -11,12 +11,16 @@ the directional derivative of sample n's loss along d_k is t_n(k) = - sum over i
 the first-order change (with its standard error over the samples) and the curvature along the truncated direction, the
 second moment of gradients standing in for the Hessian. Only ranks that save parameters are of interest, so only their
 components are projected; the rest of the sum follows from the total g . (W x), which costs no extra product.
+
+Where a sample's loss is a mean over T terms (tokens, pixels), its own derivative squared is not its curvature, but up
+to T times smaller. A second backward pass, from the terms with random signs
+(:meth:`~lrf_lightning.solver.evaluation.LossTerms.scattered`), then gives the t_n(k) of the second sum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +29,17 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.factorization import Factors
-from lrf_lightning.solver.statistics import LayerStatistics, Use, backward_passes
+from lrf_lightning.solver.statistics import LayerStatistics, Use, backward_passes, scattered_terms, summed_loss
 
-__all__ = ["Prediction", "component_derivatives", "predict", "shrink", "tail_derivatives", "tail_moments"]
+__all__ = [
+    "Derivatives",
+    "Prediction",
+    "Tails",
+    "component_derivatives",
+    "predict",
+    "shrink",
+    "tail_moments",
+]
 
 
 @dataclass(frozen=True)
@@ -46,21 +58,71 @@ class Prediction:
         return shrink(self.first_order, threshold) + self.curvature
 
 
-@dataclass
-class _Derivatives:
-    heads: list[Tensor]  # per batch (B, r): z of the components that are projected
-    totals: list[Tensor]  # per batch (B,): sum of z over all components
+@dataclass(frozen=True)
+class Tails:
+    """Derivatives of every sample's loss along truncations, one column each, float64 on the CPU.
 
-    def add(self, calls: list[tuple[Tensor, Tensor]], size: int, components: int) -> None:
+    Attributes:
+        loss: shape (samples, r), of the loss itself; their mean is the first-order change.
+        scattered: shape (samples, r), of its terms with random signs, whose half mean square is the curvature; the same
+            as ``loss`` where every sample is one term.
+    """
+
+    loss: Tensor
+    scattered: Tensor
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """Derivatives of every sample's loss along a layer's components and along its whole weight, float64 on the CPU.
+
+    Attributes:
+        loss: those of the loss itself, shapes (samples, r) and (samples,).
+        scattered: those of its terms with random signs; the same where every sample is one term.
+    """
+
+    loss: tuple[Tensor, Tensor]
+    scattered: tuple[Tensor, Tensor]
+
+    def tails(self, gains: Tensor | None = None) -> Tails:
+        """Derivatives along the truncation to the ranks 1 to r.
+
+        Args:
+            gains: share of the squared error that better factors than the truncated ones leave, shape (r,). They are
+                taken for a perturbation in the same direction that is as much shorter.
+        """
+        loss = _tails(*self.loss, gains)
+        return Tails(loss, loss if self.scattered is self.loss else _tails(*self.scattered, gains))
+
+
+class _Collected:
+    """Derivatives of one layer, batch by batch: heads (B, r) and totals (B,)."""
+
+    def __init__(self, components: int) -> None:
+        self.components = components
+        self.loss: list[tuple[Tensor, Tensor]] = []
+        self.scattered: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, calls: Sequence[tuple[Tensor, Tensor]], size: int, target: int) -> None:
         """Add up the calls of one batch; the samples of a batch in which the layer did not run do not depend on it."""
-        none = torch.zeros(size, components, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-        self.heads.append(sum((head for head, _ in calls), none[0]))
-        self.totals.append(sum((total for _, total in calls), none[1]))
+        none = torch.zeros(size, self.components, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        sums = sum((head for head, _ in calls), none[0]), sum((total for _, total in calls), none[1])
+        if target == 0:
+            self.loss.append(sums)
+            self.scattered.append(sums)  # until the batch turns out to have terms
+        else:
+            self.scattered[-1] = sums
 
-    def joined(self, components: int) -> tuple[Tensor, Tensor]:
+    def joined(self) -> Derivatives:
         """Those of all batches; a process may have none."""
-        none = torch.zeros(0, components, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-        return torch.cat([none[0], *self.heads]), torch.cat([none[1], *self.totals])
+        loss = self._joined(self.loss)
+        alike = all(a is b for a, b in zip(self.loss, self.scattered, strict=True))
+        return Derivatives(loss, loss if alike else self._joined(self.scattered))
+
+    def _joined(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        none = torch.zeros(0, self.components, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        heads, totals = zip(none, *batches, strict=True)
+        return torch.cat(heads), torch.cat(totals)
 
 
 def component_derivatives(
@@ -71,10 +133,11 @@ def component_derivatives(
     batches: Batches,
     device: torch.device,
     *,
+    seed: int = 0,
     processes: Processes = ALONE,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """One forward and backward pass that collects the directional derivatives of every sample of this process.
+) -> dict[str, Derivatives]:
+    """Collect the derivatives of this process's samples in one forward pass and one or two backward passes.
 
     Args:
         model: dense model on ``device``.
@@ -83,14 +146,11 @@ def component_derivatives(
         loss: the user's loss.
         batches: calibration data.
         device: where batches are moved to.
+        seed: of the random signs of terms.
         processes: who else works on other batches.
         advance: called after every batch.
-
-    Returns:
-        For every layer the derivatives along its components, shape (samples, r), and along the whole weight, shape
-        (samples,), both on the CPU in float64.
     """
-    collected = {name: _Derivatives([], []) for name in layers}
+    collected = {name: _Collected(factors[name].left.shape[-1]) for name in layers}
     working = {
         name: (f.left.to(device, _row_dtype(layers[name])), f.right.to(device, _row_dtype(layers[name])))
         for name, f in ((name, _balanced(factors[name])) for name in layers)
@@ -112,19 +172,21 @@ def component_derivatives(
 
         return on_gradient
 
-    def flush(size: int) -> None:
+    def flush(size: int, target: int) -> None:
         for name, calls in pending.items():
-            collected[name].add(calls, size, factors[name].left.shape[-1])
+            collected[name].add(calls, size, target)
             calls.clear()
-        advance()
+        if target == 0:
+            advance()
 
     with processes.together("the curves"):
-        backward_passes(model, layers, loss, batches, device, on_forward, flush, processes)
-    return {name: derivatives.joined(factors[name].left.shape[-1]) for name, derivatives in collected.items()}
+        targets = [summed_loss, scattered_terms(seed)]
+        backward_passes(model, layers, loss, batches, device, on_forward, flush, targets, processes)
+    return {name: found.joined() for name, found in collected.items()}
 
 
 def predict(
-    tails: Tensor,  # (samples, r)
+    tails: Tails,
     relative_tail: Tensor,  # (r,)
     processes: Processes = ALONE,
 ) -> Prediction:
@@ -133,27 +195,13 @@ def predict(
     return Prediction(mean, error, square / 2, relative_tail[: len(mean)].cpu())
 
 
-def tail_derivatives(
-    heads: Tensor,  # (samples, r)
-    totals: Tensor,  # (samples,)
-    gains: Tensor | None = None,  # (r,)
-) -> Tensor:
-    """Derivative of every sample's loss along the truncation to the ranks 1 to r, shape (samples, r).
-
-    Where better factors than the truncated ones leave a share ``gains`` of the squared error, they are taken for a
-    perturbation in the same direction that is as much shorter.
-    """
-    tails = -(totals[:, None] - heads.cumsum(1))
-    return tails if gains is None else tails * gains.to(tails).sqrt()
-
-
-def tail_moments(tails: Tensor, processes: Processes = ALONE) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, mean square and standard error of the mean of every column over the samples of all processes."""
-    count = torch.tensor(float(len(tails)), dtype=torch.float64)
-    total, square = tails.sum(0), tails.square().sum(0)
+def tail_moments(tails: Tails, processes: Processes = ALONE) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, mean square (of the scattered ones) and error of the mean of every column, over all processes' samples."""
+    count = torch.tensor(float(len(tails.loss)), dtype=torch.float64)
+    total, square = tails.loss.sum(0), tails.scattered.square().sum(0)
     processes.sum_([count, total])
     mean = total / count
-    spread = (tails - mean).square().sum(0)
+    spread = (tails.loss - mean).square().sum(0)
     processes.sum_([square, spread])
     samples = float(count)
     error = (spread / (samples - 1)).sqrt() / math.sqrt(samples) if samples > 1 else torch.full_like(mean, math.inf)
@@ -163,6 +211,15 @@ def tail_moments(tails: Tensor, processes: Processes = ALONE) -> tuple[Tensor, T
 def shrink(value: Tensor, threshold: Tensor) -> Tensor:
     """Soft threshold: move ``value`` towards 0 by ``threshold``, stopping there."""
     return value.sign() * (value.abs() - threshold).clamp_min(0)
+
+
+def _tails(
+    heads: Tensor,  # (samples, r)
+    totals: Tensor,  # (samples,)
+    gains: Tensor | None,  # (r,)
+) -> Tensor:
+    tails = -(totals[:, None] - heads.cumsum(1))
+    return tails if gains is None else tails * gains.to(tails).sqrt()
 
 
 def _row_dtype(layer: LayerStatistics) -> torch.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,67 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.result import Measurement
 
-__all__ = ["Batches", "LossFunction", "Outcome", "StepOutput", "batch_size", "evaluate", "evaluation_mode", "to_device"]
+__all__ = [
+    "Batches",
+    "LossFunction",
+    "LossTerms",
+    "Outcome",
+    "StepOutput",
+    "batch_size",
+    "evaluate",
+    "evaluation_mode",
+    "step",
+    "to_device",
+]
 
 Batches = Iterable[Any]
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Parts of every sample's loss, such as those of its tokens or pixels.
+
+    Attributes:
+        values: shape (batch, t), differentiable; a row adds up to the sample's loss, and what does not count is 0.
+        count: mean number of terms per sample that count.
+    """
+
+    values: Tensor
+    count: float
+
+    @classmethod
+    def of(cls, losses: Tensor, counts: Tensor | None = None) -> LossTerms:
+        """Terms of losses per token, pixel or output, of which the batch's mean is the loss.
+
+        Args:
+            losses: shape (batch, ...), differentiable.
+            counts: which of them count, of the same shape; None for all. The others are taken for 0.
+        """
+        rows = losses.flatten(1)
+        if counts is None:
+            return cls(rows / rows.shape[1], rows.shape[1])
+        count = float(counts.sum()) / len(rows)
+        return cls(rows.masked_fill(~counts.bool().flatten(1), 0.0) / count, count)
+
+    @property
+    def per_sample(self) -> Tensor:
+        """The loss of every sample, shape (batch,); a sample counts by its number of terms."""
+        return self.values.sum(1)
+
+    def scattered(self, generator: torch.Generator) -> Tensor:
+        r"""The terms of every sample added up with random signs, times the root of their number, shape (batch,).
+
+        A sample's loss is the mean over T negative log-likelihoods l_t. Its curvature along a direction is about the
+        mean over t of the squared derivative of l_t, which is the mean of the squared derivative of what is returned
+        here. The squared derivative of the sample's loss itself is up to T times smaller, because the gradients of its
+        terms, which hardly correlate, average out.
+
+        Args:
+            generator: of the signs, on the CPU.
+        """
+        signs = torch.randint(2, self.values.shape, generator=generator).to(self.values) * 2 - 1
+        scattered: Tensor = (self.values * signs).sum(1) * math.sqrt(self.count)
+        return scattered
 
 
 @dataclass(frozen=True)
@@ -34,12 +93,15 @@ class StepOutput:
         score: shape (batch,) or (), larger is better (accuracy: 1.0 or 0.0 per sample); None if there is none.
         logits: shape (rows, classes), None unless the loss is a cross-entropy; for the temperature-scaled loss.
         target: class indices, shape (rows,), that belong to ``logits``.
+        terms: what ``loss``, then of shape (batch,), is the sum of; None if every sample is one term, or if they are
+            not known. Predictions for losses over tokens or pixels depend on them.
     """
 
     loss: Tensor
     score: Tensor | None = None
     logits: Tensor | None = None
     target: Tensor | None = None
+    terms: LossTerms | None = None
 
 
 LossFunction = Callable[[nn.Module, Any], "Tensor | StepOutput"]
@@ -127,6 +189,12 @@ def step(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> StepOut
                 f"{name} has shape {tuple(value.shape)} for a batch of {size} samples; "
                 f"allowed are () (the mean over the batch) and ({size},) (one entry per sample)"
             )
+    values = None if output.terms is None else output.terms.values
+    if values is not None and (values.dim() != 2 or len(values) != size or tuple(output.loss.shape) != (size,)):
+        raise ValueError(
+            f"terms have the shape {tuple(values.shape)} beside a loss of shape {tuple(output.loss.shape)} for a batch "
+            f"of {size} samples; allowed are ({size}, t) and ({size},). See LossTerms.of"
+        )
     return output
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.modules import LowRankModule
-from lrf_lightning.solver.curves import Prediction, shrink, tail_moments
+from lrf_lightning.solver.curves import Prediction, Tails, shrink, tail_moments
 from lrf_lightning.solver.evaluation import LossFunction, Outcome, evaluate
 from lrf_lightning.surgery import replace_module
 
@@ -75,19 +75,20 @@ def probe_groups(names: Sequence[str], count: int) -> list[list[str]]:
 
 
 def predicted_probe(
-    tails: Sequence[Tensor],  # one per layer, (samples,)
+    truncations: Sequence[tuple[Tails, int]],
     errors: float,
     processes: Processes = ALONE,
 ) -> tuple[float, float]:
     """First-order change, shrunk by ``errors`` standard errors, and curvature of a joint truncation.
 
     Args:
-        tails: every sample's derivative along each layer's truncation, see
-            :func:`~lrf_lightning.solver.curves.tail_derivatives`.
+        truncations: derivatives of every layer, and its rank.
         errors: standard errors by which the first-order change is shrunk.
         processes: who else holds other samples.
     """
-    mean, square, error = tail_moments(torch.stack(list(tails)).sum(0)[:, None], processes)
+    loss = torch.stack([tails.loss[:, rank - 1] for tails, rank in truncations]).sum(0)[:, None]
+    scattered = torch.stack([tails.scattered[:, rank - 1] for tails, rank in truncations]).sum(0)[:, None]
+    mean, square, error = tail_moments(Tails(loss, scattered), processes)
     threshold = error * errors if errors > 0 else torch.zeros_like(error)
     return float(shrink(mean, threshold)), float(square / 2)
 

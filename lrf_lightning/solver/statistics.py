@@ -1,10 +1,12 @@
 """Second moments of every layer's inputs and output gradients, from one pass over the calibration data.
 
-For a layer with input rows x and output-gradient rows g (gradient of the per-sample loss) the pass collects::
+For a layer with input rows x and output-gradient rows g the pass collects::
 
     A = E[x x']   (groups, n, n)        S = E[g g']   (groups, m, m)
 
-over a random subset of the rows (tokens, spatial positions) of every sample. Products are taken in float32 on rows that
+over a random subset of the rows (tokens, spatial positions) of every sample. The gradient is that of the per-sample
+loss, or, where a sample's loss is a mean over tokens or pixels, that of its terms with random signs, so that g g' has
+the mean of the terms' own products. Products are taken in float32 on rows that
 are scaled to size 1, sums in float64. Only the diagonal is kept of the inputs of an embedding, which are one-hot, and
 of a side beyond :data:`~lrf_lightning.solver.factorization.LARGEST_SIDE`, such as the vocabulary of a language model.
 """
@@ -21,7 +23,15 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.conv_rows import ConvRows
-from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, step, to_device
+from lrf_lightning.solver.evaluation import (
+    Batches,
+    LossFunction,
+    StepOutput,
+    batch_size,
+    evaluation_mode,
+    step,
+    to_device,
+)
 from lrf_lightning.solver.factorization import LARGEST_SIDE
 from lrf_lightning.solver.hooks import frozen_parameters, observe_gradients
 from lrf_lightning.solver.layer_input import LayerInput
@@ -38,6 +48,9 @@ __all__ = [
     "collect_statistics",
     "empty_statistics",
     "memory_groups",
+    "scattered_loss",
+    "scattered_terms",
+    "summed_loss",
 ]
 
 
@@ -271,7 +284,10 @@ def collect_statistics(
         return on_gradient
 
     with processes.together("the statistics"):
-        samples = backward_passes(model, layers, loss, batches, device, on_forward, lambda _: advance(), processes)
+        targets = [scattered_loss(sampler.seed)]
+        samples = backward_passes(
+            model, layers, loss, batches, device, on_forward, lambda *_: advance(), targets, processes
+        )
     samples = _merge(layers, calls, samples, processes, device)
     if samples == 0:
         raise ValueError("calibration holds no batch; give a loader that yields at least one and can be iterated again")
@@ -302,6 +318,8 @@ class Use:
 
 
 Calls = dict[tuple[str, bool], float]
+# what a backward pass starts from, for the output of a step, the size of its batch and its index among all batches
+BackwardTarget = Callable[[StepOutput, int, int], Tensor | None]
 
 
 def _uses(model: nn.Module, layer: LayerStatistics) -> Iterator[Use]:
@@ -321,13 +339,14 @@ def backward_passes(
     batches: Batches,
     device: torch.device,
     on_forward: Callable[[Use, Tensor, Tensor, int, int], Callable[[Tensor], None] | None],
-    after_batch: Callable[[int], None],
+    after_backward: Callable[[int, int], None],
+    targets: Sequence[BackwardTarget],
     processes: Processes = ALONE,
 ) -> int:
     """Run forward and backward over this process's batches and return the number of their samples.
 
-    ``on_forward`` also gets the batch's size and its index among all batches, ``after_batch`` the size. The
-    gradients are those of the per-sample losses: a scalar loss is taken for the mean over its batch.
+    ``on_forward`` also gets the batch's size and its index among all batches. For every target that is not None for a
+    batch there is a backward pass, and then a call of ``after_backward`` with the size and the index of the target.
     """
     samples = 0
     uses = {(use.name, use.transposed): use for layer in layers.values() for use in _uses(model, layer)}
@@ -341,17 +360,52 @@ def backward_passes(
                 return on_forward(uses[key], x, y, size, index)
 
             with observe_gradients(modules, observe):
-                losses = step(model, loss, to_device(batch, device), size).loss
-                total = losses.sum() if losses.dim() == 1 else losses * size
+                output = step(model, loss, to_device(batch, device), size)
+                total = summed_loss(output, size, index).detach()
                 if not torch.isfinite(total):
                     raise ValueError(
-                        f"the loss of calibration batch {index} is {float(total.detach() / size)}; it must be finite. "
+                        f"the loss of calibration batch {index} is {float(total / size)}; it must be finite. "
                         "Check the batch and the weights for NaN"
                     )
-                if total.requires_grad:
-                    total.backward()  # type: ignore[no-untyped-call]
-            after_batch(size)
+                found = [(i, target(output, size, index)) for i, target in enumerate(targets)]
+                starts = [(i, start) for i, start in found if start is not None]
+                for i, start in starts:
+                    if start.requires_grad:
+                        start.backward(retain_graph=i < starts[-1][0])  # type: ignore[no-untyped-call]
+                    after_backward(size, i)
     return samples
+
+
+def summed_loss(output: StepOutput, size: int, index: int) -> Tensor:
+    """The sum of the per-sample losses; a scalar loss is taken for the mean over its batch."""
+    return output.loss.sum() if output.loss.dim() == 1 else output.loss * size
+
+
+def scattered_terms(seed: int) -> BackwardTarget:
+    """The sum of what stands for the curvature of every sample; None where a sample is one term.
+
+    See :meth:`~lrf_lightning.solver.evaluation.LossTerms.scattered`. The signs depend on the index of the batch, not on
+    the process that has it.
+    """
+
+    def total(output: StepOutput, size: int, index: int) -> Tensor | None:
+        if output.terms is None:
+            return None
+        generator = torch.Generator().manual_seed(hash((seed, index)) % 2**63)
+        return output.terms.scattered(generator).sum()
+
+    return total
+
+
+def scattered_loss(seed: int) -> BackwardTarget:
+    """What second moments of gradients start from: :func:`scattered_terms`, or :func:`summed_loss` without terms."""
+    terms = scattered_terms(seed)
+
+    def total(output: StepOutput, size: int, index: int) -> Tensor | None:
+        scattered = terms(output, size, index)
+        return summed_loss(output, size, index) if scattered is None else scattered
+
+    return total
 
 
 def memory_groups(candidates: Iterable[Candidate], limit: float) -> Iterator[list[Candidate]]:

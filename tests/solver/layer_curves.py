@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lrf_lightning.solver.curves import component_derivatives, predict, tail_derivatives
+from lrf_lightning.solver.curves import component_derivatives, predict
 from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.statistics import RowSampler, collect_statistics
 from lrf_lightning.surgery import find_layers
@@ -47,12 +47,12 @@ def mean_loss(model, batch):
     return functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def solved(model, batches, metric="fisher", loss=per_sample):
+def solved(model, batches, metric="fisher", loss=per_sample, seed=0):
     """Factors and derivatives of every layer by the library."""
     candidates, _ = find_layers(model)
     layers = collect_statistics(model, candidates, loss, batches, CPU, sampler=RowSampler(10**6, 1, 0))
     factors = {name: components(layer, metric) for name, layer in layers.items()}
-    return factors, component_derivatives(model, layers, factors, loss, batches, CPU)
+    return factors, component_derivatives(model, layers, factors, loss, batches, CPU, seed=seed)
 
 
 def components(layer, metric):
@@ -68,7 +68,7 @@ def components(layer, metric):
 
 def predictions(model, batches, metric="fisher", loss=per_sample):
     factors, derivatives = solved(model, batches, metric, loss)
-    return {name: predict(tail_derivatives(*derivatives[name]), factors[name].relative_tail()) for name in factors}
+    return {name: predict(derivatives[name].tails(), factors[name].relative_tail()) for name in factors}
 
 
 def as_matrices(weight, groups):

@@ -8,7 +8,8 @@ import torch
 from layer_curves import LAYERS, as_matrices, mean_loss, per_sample, predictions, problem, sample_gradients, solved
 from torch import nn
 
-from lrf_lightning.solver.curves import Prediction, predict, shrink, tail_derivatives
+from lrf_lightning.solver.curves import Prediction, Tails, predict, shrink
+from lrf_lightning.solver.evaluation import LossTerms, StepOutput
 
 METRICS = ["euclidean", "activation", "fisher"]
 
@@ -26,7 +27,7 @@ def truncations(model, factors, name):
 def test_component_derivatives_are_those_of_per_sample_gradients(name):
     model, batches = problem()
     factors, derivatives = solved(model, batches)
-    heads, totals = derivatives[name]
+    heads, totals = derivatives[name].loss
     gradients = sample_gradients(model, batches, name)
     groups = getattr(model.get_submodule(name), "groups", 1)
     per_group = torch.stack([as_matrices(gradient, groups) for gradient in gradients])
@@ -41,7 +42,7 @@ def test_component_derivatives_are_those_of_per_sample_gradients(name):
 def test_all_ranks_at_once_equal_the_loop_over_ranks(name, metric):
     model, batches = problem()
     factors, derivatives = solved(model, batches, metric)
-    prediction = predict(tail_derivatives(*derivatives[name]), factors[name].relative_tail())
+    prediction = predict(derivatives[name].tails(), factors[name].relative_tail())
     gradients = sample_gradients(model, batches, name)
     for index, change in enumerate(truncations(model, factors[name], name)):
         directional = (gradients * change).flatten(1).sum(1)
@@ -117,7 +118,7 @@ def test_calls_add_up_and_missing_ones_count_as_zero(signs):
             loss = per_sample(model, (inputs[i : i + 1], target[i : i + 1])).sum()
             (gradient,) = torch.autograd.grad(loss, weight, allow_unused=True)
             directional.append(torch.zeros_like(weight) if gradient is None else gradient)
-    prediction = predict(tail_derivatives(*derivatives["layer"]), factors["layer"].relative_tail())
+    prediction = predict(derivatives["layer"].tails(), factors["layer"].relative_tail())
     for index, change in enumerate(truncations(model, factors["layer"], "layer")):
         values = torch.stack([(gradient * change).sum() for gradient in directional])
         torch.testing.assert_close(prediction.first_order[index], values.mean())
@@ -141,7 +142,8 @@ def test_weights_of_any_size_in_float32(scale):
 
 
 def test_one_sample_has_no_standard_error():
-    prediction = predict(torch.tensor([[-0.5, -0.3]]), torch.tensor([0.6, 0.3, 0.0]))
+    tails = torch.tensor([[-0.5, -0.3]])
+    prediction = predict(Tails(tails, tails), torch.tensor([0.6, 0.3, 0.0]))
     torch.testing.assert_close(prediction.first_order, torch.tensor([-0.5, -0.3]))
     torch.testing.assert_close(prediction.perturbation, torch.tensor([0.6, 0.3]))
     assert prediction.standard_error.tolist() == [math.inf, math.inf]
@@ -165,3 +167,107 @@ def test_shrink_is_the_soft_threshold():
     torch.testing.assert_close(shrink(values, torch.full((5,), 2.0)), torch.tensor([-1.0, 0.0, 0.0, 0.0, 1.0]))
     for first, second in itertools.pairwise(shrink(torch.linspace(-2, 2, 50), torch.full((50,), 0.5)).tolist()):
         assert second >= first
+
+
+class Tokens(nn.Module):
+    """Mixes the tokens of a sample, then a linear layer gives every token logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.mix(x) + x.mean(1, keepdim=True)))
+
+
+def token_losses(model, batch):
+    logits, target = model(batch[0]), batch[1]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+
+
+def token_loss(model, batch):
+    terms = LossTerms.of(token_losses(model, batch))
+    return StepOutput(terms.per_sample, terms=terms)
+
+
+def token_problem(samples=12, tokens=7):
+    """Labels are drawn from the model itself."""
+    torch.manual_seed(0)
+    model = Tokens().double()
+    with torch.no_grad():
+        x = torch.randn(samples, tokens, 6, dtype=torch.float64)
+        target = torch.distributions.Categorical(logits=model(x)).sample()
+    return model, [(x[: samples // 2], target[: samples // 2]), (x[samples // 2 :], target[samples // 2 :])]
+
+
+@pytest.mark.parametrize("name", ["mix", "head"])
+def test_the_curvature_of_a_mean_over_tokens_is_that_of_its_tokens(name):
+    model, batches = token_problem()
+    factors, _ = solved(model, batches, loss=token_loss)
+    found = [
+        predict(solved(model, batches, loss=token_loss, seed=seed)[1][name].tails(), factors[name].relative_tail())
+        for seed in range(100)
+    ]
+    weight = model.get_parameter(f"{name}.weight")
+    # (samples, tokens, *weight): the gradient of every token's own loss
+    gradients = torch.stack(
+        [
+            torch.stack([torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in sample])
+            for batch in batches
+            for sample in token_losses(model, batch)
+        ]
+    )
+    for index, change in enumerate(truncations(model, factors[name], name)):
+        directional = (gradients * change).flatten(2).sum(2)
+        for prediction in found:
+            torch.testing.assert_close(prediction.first_order[index], directional.mean(), rtol=1e-7, atol=1e-12)
+        curvatures = torch.stack([prediction.curvature[index] for prediction in found])
+        expected = directional.square().mean() / 2
+        assert curvatures.std() > 0
+        assert abs(curvatures.mean() - expected) < 4 * curvatures.std() / math.sqrt(len(found))
+
+
+def test_the_curvature_of_a_mean_over_tokens_is_the_second_derivative_of_the_loss():
+    """For the last layer, with labels drawn from the model, both have the same expectation."""
+    model, batches = token_problem(samples=300, tokens=20)
+    prediction = predictions(model, batches, loss=token_loss)["head"]
+    factors, _ = solved(model, batches, loss=token_loss)
+    weight = model.head.weight
+    original, step = weight.detach().clone(), 1e-3
+
+    def loss_at(factor, change):
+        with torch.no_grad():
+            weight.copy_(original + factor * change)
+            value = torch.cat([token_loss(model, batch).loss for batch in batches]).mean()
+            weight.copy_(original)
+        return value
+
+    for index, change in enumerate(truncations(model, factors["head"], "head")):
+        second = (loss_at(step, change) - 2 * loss_at(0, change) + loss_at(-step, change)) / step**2
+        assert float(prediction.curvature[index]) == pytest.approx(float(second) / 2, rel=0.2)
+
+
+def test_tokens_that_do_not_count_change_nothing():
+    model, batches = token_problem()
+
+    def padded(model, batch):
+        counts = torch.ones(len(batch[1]), 10)
+        counts[:, 7:] = 0
+        terms = LossTerms.of(nn.functional.pad(token_losses(model, batch), (0, 3), value=math.inf), counts)
+        signs = nn.functional.pad(terms.values[:, :7], (0, 0))
+        return StepOutput(terms.per_sample, terms=LossTerms(signs, terms.count))
+
+    plain, other = predictions(model, batches, loss=token_loss), predictions(model, batches, loss=padded)
+    torch.testing.assert_close(other["mix"].curvature, plain["mix"].curvature)
+    torch.testing.assert_close(other["mix"].first_order, plain["mix"].first_order)
+
+
+def test_one_term_per_sample_is_no_different():
+    model, batches = problem()
+
+    def single(model, batch):
+        terms = LossTerms.of(per_sample(model, batch)[:, None])
+        return StepOutput(terms.per_sample, terms=terms)
+
+    for name, prediction in predictions(model, batches, loss=single).items():
+        torch.testing.assert_close(prediction.curvature, predictions(model, batches)[name].curvature)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lrf_lightning.solver.evaluation import Outcome, StepOutput, batch_size, evaluate, to_device
+from lrf_lightning.solver.evaluation import LossTerms, Outcome, StepOutput, batch_size, evaluate, to_device
 
 CPU = torch.device("cpu")
 
@@ -150,6 +150,11 @@ def test_an_empty_loader_is_an_error():
         (lambda m, b: per_sample(m, b).loss[:2], r"loss has shape \(2,\) for a batch of 5 samples; allowed are \(\)"),
         (lambda m, b: m(b[0]), r"loss has shape \(5, 3\) for a batch of 5 samples"),
         (lambda m, b: StepOutput(m(b[0]).sum(), torch.ones(4)), r"score has shape \(4,\) for a batch of 5 samples"),
+        (
+            lambda m, b: StepOutput(m(b[0]).mean(1), terms=LossTerms(m(b[0])[:2], 3)),
+            r"terms have the shape \(2, 3\) beside a loss of shape \(5,\) for a batch of 5 samples; allowed",
+        ),
+        (lambda m, b: StepOutput(m(b[0]).mean(), terms=LossTerms.of(m(b[0]))), r"beside a loss of shape \(\)"),
         (lambda m, b: 0.5, r"loss returned float; return a Tensor of shape \(\) or \(5,\), or a StepOutput"),
         (lambda m, b: None, "loss returned NoneType"),
         (lambda m, b: StepOutput(0.5), "loss returned StepOutput"),

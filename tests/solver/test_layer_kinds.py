@@ -217,7 +217,7 @@ def test_predictions_for_a_shared_weight_count_both_calls():
     candidate = next(c for c in find_layers(model)[0] if c.name == "first")
     layer = {"first": LayerStatistics(candidate, row_reader(candidate))}
     factors = {"first": factorize(candidate.matrices())}
-    heads, totals = component_derivatives(model, layer, factors, loss, [batch], torch.device("cpu"))["first"]
+    heads, totals = component_derivatives(model, layer, factors, loss, [batch], torch.device("cpu"))["first"].loss
     step = 1e-6
     changes = []
     for sign in (1, -1):
@@ -237,7 +237,9 @@ def test_predictions_for_a_tied_table_count_lookups_and_products(head_first):
     assert candidate.transposed == candidate.twins == (("embedding",) if head_first else ("head",))
     layers = collect_statistics(model, [candidate], loss, [batch], torch.device("cpu"), sampler=RowSampler(10**6, 1, 0))
     factors = {name: factorize(candidate.matrices()) for name in layers}
-    heads, totals = component_derivatives(model, layers, factors, loss, [batch], torch.device("cpu"))[candidate.name]
+    heads, totals = component_derivatives(model, layers, factors, loss, [batch], torch.device("cpu"))[
+        candidate.name
+    ].loss
     step, changes = 1e-6, []
     for sign in (1, -1):
         scaled = copy.deepcopy(model)
