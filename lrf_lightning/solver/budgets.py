@@ -40,8 +40,6 @@ def measure_budgets(
     """
     work, certificates = frontier.work, dict[RanksKey, Certificate]()
     wanted = [share for share in work.settings.budgets if share >= frontier.lowest] or work.settings.budgets[:1]
-    # of budgets that lead to the same ranks the smallest is named
-    budgets = {ranks_key(frontier.allocation(share)): share for share in wanted}
     with work.stage("verification", 0):
         before = work.evaluate(work.model, "verification", keep_logits=True)
 
@@ -51,6 +49,8 @@ def measure_budgets(
             certificates[ranks_key(point.ranks)] = _verdict(frontier, point, model, before)
 
     found = frontier.measure_shares(wanted, then)
+    # of budgets that lead to the same ranks the smallest is named
+    budgets = {ranks_key(point.ranks): share for point, share in zip(found, wanted, strict=True)}
     points = [point for point in {ranks_key(point.ranks): point for point in found}.values() if point.ranks]
     dense_params = sum(parameter.numel() for parameter in work.model.parameters())
     chosen = choose_among(frontier, points, dense_params)

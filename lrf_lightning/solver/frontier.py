@@ -2,6 +2,10 @@
 
 Every point is an allocation for a share of the cost, built with compensation and measured on the selection split. What
 is chosen is judged later, on the verification split.
+
+A predicted gain of the loss may be real, or the sum of what chance and an ill-scaled output promise in many layers. So
+where it makes a difference two allocations are measured for a share: one that believes no gain, and one that believes
+all of them, which is taken only if the selection split proves it better.
 """
 
 from __future__ import annotations
@@ -47,14 +51,16 @@ class Frontier:
     def __init__(self, work: Workspace, dense: Outcome) -> None:
         self.work, self.dense = work, dense
         self.measured: dict[RanksKey, _Measured] = {}
+        self._best: set[RanksKey] = set()
         self._renormalized: set[RanksKey] = set()
         self._latest: tuple[RanksKey, nn.Module] | None = None
-        self._options = _options(work)
+        self._options = _options(work, gains=False)
+        self._options_with_gains = _options(work, gains=True)
 
     @property
     def points(self) -> list[FrontierPoint]:
-        """All measured points, from the largest to the smallest."""
-        return sorted((m.point for m in self.measured.values()), key=lambda point: -point.keep)
+        """All measured points, each the best at its share, from the largest to the smallest."""
+        return sorted((self.measured[key].point for key in self._best), key=lambda point: -point.keep)
 
     def outcome(self, point: FrontierPoint) -> Outcome:
         """Losses of a measured point on the selection split."""
@@ -72,11 +78,13 @@ class Frontier:
         return cheapest(self._options) / self.work.dense_cost
 
     def at(self, keep: float) -> FrontierPoint:
-        """The measured point of the best allocation for a share of the dense cost; see :meth:`allocation`."""
-        return self.with_ranks(self.allocation(keep))
+        """The better measured point of the :meth:`rivals` for a share of the dense cost."""
+        return self._best_of([self.rivals(keep)])[0]
 
-    def allocation(self, keep: float) -> dict[str, int]:
-        """The ranks that are predicted to be best for a share of the dense cost.
+    def rivals(self, keep: float) -> list[dict[str, int]]:
+        """The ranks that are predicted to be best for a share of the dense cost, without and with gains of the loss.
+
+        The second ones are left out if they are the same.
 
         Outside the perturbation range a prediction was seen to be off by more than ``range_factor``, or it is beyond
         what was measured: there it counts as many times, so that such a rank is taken only where it saves as much more
@@ -92,29 +100,68 @@ class Frontier:
                 f"{self.work.settings.cost} of the {len(self.work.layers)} factorizable layers; "
                 f"use keep >= {math.ceil(self.lowest * 1e4) / 1e4:g}"
             )
-        return allocate(self._options, budget).ranks
+        found = [allocate(options, budget).ranks for options in (self._options, self._options_with_gains)]
+        return found if found[0] != found[1] else found[:1]
 
     def with_ranks(self, ranks: Mapping[str, int]) -> FrontierPoint:
         """The measured point with the given ranks."""
-        return self.measure([ranks])[0]
+        return self._best_of([[ranks]])[0]
 
-    def measure(
-        self, allocations: Sequence[Mapping[str, int]], then: Callable[[FrontierPoint, nn.Module], None] | None = None
+    def _best_of(
+        self,
+        shares: Sequence[Sequence[Mapping[str, int]]],
+        then: Callable[[FrontierPoint, nn.Module], None] = lambda *_: None,
+        advance: Callable[[], None] = lambda: None,
     ) -> list[FrontierPoint]:
-        """The measured points with the given ranks; those that are new are built together.
+        """The best measured point of each group of rivals; those that are new are built together.
 
         Args:
-            allocations: ranks by name.
-            then: called with every new point and its model, in the order of the allocations.
+            shares: ranks by name, one or several for each share; the first is taken unless another is proved better.
+            then: called with every best point that is new, and its model.
+            advance: called after every measurement.
         """
-        new = {ranks_key(ranks): ranks for ranks in allocations if ranks_key(ranks) not in self.measured}
+        groups = [[ranks_key(ranks) for ranks in rivals] for rivals in shares]
+        new = {ranks_key(ranks): ranks for rivals in shares for ranks in rivals}
+        new = {key: ranks for key, ranks in new.items() if key not in self.measured}
+        models: dict[RanksKey, nn.Module] = {}
+        undecided = dict(enumerate(groups))
+        best: dict[int, RanksKey] = {}
+
+        def decide() -> None:
+            for i in [i for i, keys in undecided.items() if all(key in self.measured for key in keys)]:
+                key = best[i] = self._winner(undecided.pop(i))
+                self._best.add(key)
+                if key in models:
+                    self._latest = key, models.pop(key)
+                    then(self.measured[key].point, self._latest[1])
+            for key in set(models) - {key for keys in undecided.values() for key in keys}:
+                del models[key]
+
+        decide()
         for (key, ranks), compressed in zip(new.items(), self._built(list(new.values())), strict=True):
-            compressed, outcome = self._better_norms(key, compressed)
-            self._latest = key, compressed
-            self.measured[key] = _Measured(self._point(ranks, compressed, outcome), outcome)
-            if then is not None:
-                then(self.measured[key].point, compressed)
-        return [self.measured[ranks_key(ranks)].point for ranks in allocations]
+            models[key], outcome = self._better_norms(key, compressed)
+            self.measured[key] = _Measured(self._point(ranks, models[key], outcome), outcome)
+            advance()
+            decide()
+        return [self.measured[best[i]].point for i in range(len(groups))]
+
+    def _winner(self, rivals: Sequence[RanksKey]) -> RanksKey:
+        best = rivals[0]
+        for rival in rivals[1:]:
+            if self._is_better(self.measured[rival].outcome, self.measured[best].outcome):
+                best = rival
+        return best
+
+    def _is_better(self, outcome: Outcome, other: Outcome) -> bool:
+        """Whether a loss on the selection split is surely lower than another, and the score no lower than a tie."""
+        settings = self.work.settings
+        change, error = _paired_change(outcome.losses, other.losses, outcome.weights)
+        if not change + NormalDist().inv_cdf(settings.confidence) * error < 0:
+            return False
+        if outcome.scores is None or other.scores is None:
+            return True
+        change, error = _paired_change(outcome.scores, other.scores, outcome.weights)
+        return change >= -settings.ties * error - 1e-12
 
     def build(self, ranks: Mapping[str, int]) -> nn.Module:
         """A compensated copy of the dense model with the given ranks; the latest one is not made anew."""
@@ -190,15 +237,15 @@ class Frontier:
     def measure_shares(
         self, shares: Iterable[float], then: Callable[[FrontierPoint, nn.Module], None] = lambda *_: None
     ) -> list[FrontierPoint]:
-        """The points of several shares of the cost, measured together, with the progress shown; see :meth:`measure`."""
-        allocations = [self.allocation(share) for share in shares]
-        with self.work.stage("frontier", len({ranks_key(ranks) for ranks in allocations})) as advance:
+        """The points of several shares of the cost, measured together, with the progress shown.
 
-            def report(point: FrontierPoint, compressed: nn.Module) -> None:
-                then(point, compressed)
-                advance()
-
-            return self.measure(allocations, report)
+        Args:
+            shares: shares of the dense cost.
+            then: called with every point that is new, and its model.
+        """
+        rivals = [self.rivals(share) for share in shares]
+        with self.work.stage("frontier", len({ranks_key(ranks) for group in rivals for ranks in group})) as advance:
+            return self._best_of(rivals, then, advance)
 
     def refine(self, chosen: FrontierPoint, accept: Callable[[FrontierPoint], bool]) -> FrontierPoint:
         """Bisect between a point and the next smaller one for a smaller point that is accepted."""
@@ -222,8 +269,7 @@ class Frontier:
         loss_error = _paired_error(outcome.losses - self.dense.losses, outcome.weights)
         score_change, score_error = None, None
         if outcome.scores is not None and self.dense.scores is not None:
-            score_change = float(((outcome.scores - self.dense.scores) * outcome.weights).sum() / outcome.weights.sum())
-            score_error = _paired_error(outcome.scores - self.dense.scores, outcome.weights)
+            score_change, score_error = _paired_change(outcome.scores, self.dense.scores, outcome.weights)
         predictions = [(work.curves[name], rank - 1) for name, rank in ranks.items()]
         return FrontierPoint(
             keep=sum(work.cost(layer, ranks.get(name)) for name, layer in layers) / work.dense_cost,
@@ -314,6 +360,12 @@ def _room(settings: Settings, error: float, margin: float, *, inside_margin: boo
     return max(noise, certain)
 
 
+def _paired_change(values: Tensor, others: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Weighted mean of paired differences, and its standard error."""
+    differences = values - others
+    return float((differences * weights).sum() / weights.sum()), _paired_error(differences, weights)
+
+
 def _paired_error(differences: Tensor, weights: Tensor) -> float:
     """Standard error of the weighted mean of paired differences, infinite for a single pair."""
     pairs = len(differences)
@@ -324,22 +376,22 @@ def _paired_error(differences: Tensor, weights: Tensor) -> float:
     return math.sqrt(float((share.square() * (differences - mean).square()).sum()) * pairs / (pairs - 1))
 
 
-def _weighed(curve: Curve, settings: Settings) -> Tensor:
+def _weighed(curve: Curve, settings: Settings, *, gains: bool) -> Tensor:
     """The predicted changes of all ranks, as much worse as they may be where the prediction does not hold.
 
-    A gain is not believed there.
+    A gain is never believed there.
     """
     first_order = curve.prediction.change(settings.first_order_errors) - curve.prediction.curvature
-    doubtful = settings.range_factor * (curve.change - first_order.clamp_max(0.0))
-    return torch.where(curve.allowed, curve.change, doubtful)
+    without_gains = curve.change - first_order.clamp_max(0.0)
+    return torch.where(curve.allowed, curve.change if gains else without_gains, settings.range_factor * without_gains)
 
 
-def _options(work: Workspace) -> dict[str, list[Option]]:
+def _options(work: Workspace, *, gains: bool) -> dict[str, list[Option]]:
     """Every layer's choices: dense, and the ranks on the grid of ``rank_multiple`` that are worth it."""
     options: dict[str, list[Option]] = {}
     for name, layer in work.layers.items():
         curve, multiple = work.curves[name], work.rank_multiple
-        changes = _weighed(curve, work.settings)
+        changes = _weighed(curve, work.settings, gains=gains)
         count = len(curve.change)
         grid = range(multiple, count + 1, multiple) if count >= multiple else range(1, count + 1)
         choices = [Option(None, work.cost(layer, None), 0.0)]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import Settings, StepOutput, compress
+from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.frontier import Frontier, _room
 from lrf_lightning.solver.joint import calibrated
 
@@ -44,15 +45,24 @@ def split(seed, samples=2000):
     return list(zip(x.split(500), y.split(500), strict=True))
 
 
-def test_compact_goes_as_far_as_the_margins_allow_and_lossless_does_not():
+def network():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
+    return nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
+
+
+def trained():
+    model = network()
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for epoch in range(20):
         for batch in split(10 + epoch):
             optimizer.zero_grad()
             per_sample(model, batch).loss.mean().backward()
             optimizer.step()
+    return model
+
+
+def test_compact_goes_as_far_as_the_margins_allow_and_lossless_does_not():
+    model = trained()
 
     def kept(objective, margin):
         options = {"loss_margin": margin, "score_margin": 1.0, "points": 6, "refinements": 2, "speed": "none"}
@@ -68,9 +78,7 @@ def test_compact_goes_as_far_as_the_margins_allow_and_lossless_does_not():
 
 def test_outside_its_perturbation_range_a_prediction_counts_several_times():
     """A rank beyond the range of its layer is taken where the others would lose more, and only there."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
-    data = split(1)
+    model, data = network(), split(1)
     parts = {"calibration": data, "selection": data, "verification": data}
     work, dense = calibrated(model, per_sample, parts, settings=Settings(objective="budget"))
 
@@ -86,10 +94,90 @@ def test_outside_its_perturbation_range_a_prediction_counts_several_times():
                 allowed[:last] = False
             work.curves[name] = replace(work.curves[name], change=change, allowed=allowed)
         work.settings = replace(work.settings, range_factor=range_factor)
-        return Frontier(work, dense).allocation(0.45)
+        return Frontier(work, dense).rivals(0.45)[0]
 
     assert chosen(1.0, 1.0)["2"] <= last  # the factor of 1 takes the prediction at face value
     ranks = chosen(1.0, 20.0)
     assert ranks["2"] > last
     assert ranks["0"] < chosen(1.0, 1.0)["0"]  # the layer that is inside its range pays
     assert chosen(1e4, 20.0)["2"] <= last  # unless that costs even more
+
+
+def frontier_with(promises, **settings):
+    """The frontier of a trained network whose curves are replaced; a promise is (gain, curvature) at rank 1."""
+    model = trained()
+    parts = {"calibration": split(1), "selection": split(2), "verification": split(3)}
+    work, dense = calibrated(model, per_sample, parts, settings=Settings(objective="budget", **settings))
+    for name, layer in work.layers.items():
+        gain, curvature = promises.get(name, (0.0, 1.0))
+        count = layer.candidate.max_rank
+        fall = torch.linspace(1, 0, count + 1, dtype=torch.float64)[:count]
+        prediction = replace(
+            work.curves[name].prediction,
+            first_order=-gain * fall,
+            standard_error=torch.zeros(count, dtype=torch.float64),
+            curvature=curvature * fall,
+        )
+        work.curves[name] = replace(
+            work.curves[name],
+            prediction=prediction,
+            change=prediction.first_order + prediction.curvature,
+            allowed=torch.ones(count, dtype=torch.bool),
+        )
+    return Frontier(work, dense)
+
+
+def test_one_allocation_is_measured_where_no_gain_is_predicted():
+    frontier = frontier_with({})
+    assert len(frontier.rivals(0.5)) == 1
+    frontier.at(0.5)
+    assert len(frontier.measured) == len(frontier.points) == 1
+
+
+def test_a_false_promise_of_a_gain_is_found_out():
+    """Layer 0 promises a gain and would ruin the model; layer 2 is the smaller evil."""
+    frontier = frontier_with({"0": (5.0, 0.1), "2": (0.0, 0.2)})
+    cautious, trusting = frontier.rivals(0.8)
+    assert cautious.get("0", 12) > trusting["0"]
+    point = frontier.at(0.8)
+    assert point.ranks == cautious
+    assert [found.ranks for found in frontier.points] == [cautious]
+    assert len(frontier.measured) == 2
+    losses = {str(found.point.ranks): found.point.loss for found in frontier.measured.values()}
+    assert losses[str(cautious)] < losses[str(trusting)]
+
+
+def test_a_gain_that_the_selection_split_confirms_is_taken():
+    """Without its gain layer 2 seems to cost more than layer 0, which in truth ruins the model."""
+    frontier = frontier_with({"0": (0.0, 0.01), "2": (10.0, 5.0)})
+    cautious, trusting = frontier.rivals(0.8)
+    point = frontier.at(0.8)
+    assert point.ranks == trusting != cautious
+    measured = {str(found.point.ranks): found.point.loss for found in frontier.measured.values()}
+    assert point.loss == measured[str(trusting)] < measured[str(cautious)]
+    built = frontier.build(point.ranks)
+    assert built[2].rank == trusting["2"]
+
+
+def test_every_best_model_is_told_once_and_no_other():
+    frontier = frontier_with({"0": (5.0, 0.1), "2": (0.0, 0.2)})
+    told = []
+    points = frontier.measure_shares([0.8, 0.6, 0.6], lambda point, model: told.append((point.ranks, model)))
+    assert [ranks for ranks, _ in told] == [points[0].ranks, points[1].ranks]
+    assert points[1] is points[2]
+    assert len(frontier.measured) > len(frontier.points) == 2
+    for ranks, model in told:
+        assert {name: model.get_submodule(name).rank for name in ranks} == ranks
+
+
+@pytest.mark.parametrize(
+    ("change", "score", "better"),
+    [(-0.1, 0.0, True), (0.1, 0.0, False), (-0.001, 0.0, False), (-0.1, -0.5, False), (-0.1, 0.5, True)],
+)
+def test_better_is_surely_lower_and_no_less_accurate(change, score, better):
+    frontier = frontier_with({})
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 10
+    weights, scores = torch.ones(400, dtype=torch.float64), torch.zeros(400, dtype=torch.float64)
+    other = Outcome(torch.zeros(400, dtype=torch.float64), weights, scores)
+    assert frontier._is_better(Outcome(noise - noise.mean() + change, weights, scores + score), other) is better
+    assert not frontier._is_better(Outcome(noise[:1] - 9, weights[:1]), Outcome(noise[:1], weights[:1])), "one pair"
