@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
@@ -62,7 +63,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         compression.compress_now(trainer, model)
     metrics = dict(trainer.callback_metrics)
     result = None if compression is None else compression.result
-    if cfg.test:
+    missing = _missing_for_test(model, datamodule)
+    if cfg.test and missing:
+        _say(f"Nothing is tested: {missing}; test=false says that this is meant")
+    elif cfg.test:
         metrics |= _test(trainer, model, datamodule, compression)
     return metrics, {"cfg": cfg, "datamodule": datamodule, "model": model, "trainer": trainer, "result": result}
 
@@ -163,6 +167,15 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"{missing} is missing; what it means is said in conf/recipe/{cfg.task_name}.yaml")
     if not cfg.train and not cfg.pretrained and cfg.ckpt_path is None:
         raise ValueError("train=false needs a trained model; add ckpt_path=PATH of a checkpoint")
+
+
+def _missing_for_test(model: LightningModule, datamodule: LightningDataModule) -> str:
+    """What the user's own code lacks for a test, empty if nothing is."""
+    if not is_overridden("test_step", model):
+        return f"{type(model).__name__} has no test_step"
+    if not is_overridden("test_dataloader", datamodule):
+        return f"{type(datamodule).__name__} has no test_dataloader"
+    return ""
 
 
 def _test(

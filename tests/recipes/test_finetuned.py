@@ -25,6 +25,16 @@ class Points(LightningDataModule):
         return loader(self.hparams.samples, 2)
 
 
+class Untested(LightningDataModule):
+    """What many projects have: no test split."""
+
+    def train_dataloader(self):
+        return loader(96, 0)
+
+    def val_dataloader(self):
+        return loader(96, 1)
+
+
 class Module(Classifier):
     def __init__(self, width, net=None):
         super().__init__(net or network(width))
@@ -112,21 +122,32 @@ def test_pickled_objects_need_trust():
     assert_same_weights(load_module(f"{__name__}.Pickled", path, trusted=True), trained)
 
 
-def test_nothing_is_trained(composed):
-    trained = Module(40)
-    path = checkpoint(trained, Points(96))
-    cfg = composed(
+def config(composed, path, data):
+    return composed(
         "recipe=finetuned",
         f"ckpt_path={path}",
         f"module={MODULE}",
-        f"datamodule={DATA}",
+        f"datamodule={data}",
         "+compress=budget",
         "callbacks.compress.points=2",
         "trainer.accelerator=cpu",
         "+trainer.enable_progress_bar=false",
         "logger=csv",
     )
-    metrics, objects = application.train(cfg)
+
+
+def test_data_without_a_test_split_is_compressed_and_not_tested(composed, capsys):
+    path = checkpoint(Module(40), Untested())
+    metrics, objects = application.train(config(composed, path, f"{__name__}.Untested"))
+    assert objects["result"].ranks
+    assert "compress/test/loss" not in metrics
+    assert "Nothing is tested: Untested has no test_dataloader" in capsys.readouterr().out
+
+
+def test_nothing_is_trained(composed):
+    trained = Module(40)
+    path = checkpoint(trained, Points(96))
+    metrics, objects = application.train(config(composed, path, DATA))
     assert_same_weights(objects["model"], trained)
     assert objects["trainer"].global_step == 0
     assert objects["result"].ranks
