@@ -25,7 +25,7 @@ from benchmarks.results import write_section
 from lrf_lightning import LowRankCompression
 
 FOLDER = Path(__file__).parent
-PAIRS, STEPS, WARM_UP, WIDTH, BATCH = 20, 300, 40, 128, 64
+PAIRS, STEPS, WARM_UP, WIDTH, BATCH = 80, 300, 40, 128, 64
 RESAMPLES = 10_000
 
 

@@ -179,7 +179,7 @@ def _solved(model: nn.Module, parts: dict[str, Any], task: Task) -> Iterator[tup
         result = solve(model, loss, **parts, settings=Settings(**PAPER[task.method]))
         yield "", result.model, {"params_model": result.params_model[1], "params_layers": result.params_layers[1]}
         return
-    # the size is given, so that nothing is chosen on the selection images
+    # the size is given, so that the selection images decide no more than whether predicted gains are believed
     parts = parts | {"selection": parts["selection"][:1]}
     work, dense = calibrated(model, loss, parts, settings=Settings(objective="budget", **METHODS[task.method]))
     models: dict[int, nn.Module] = {}

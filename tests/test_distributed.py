@@ -10,7 +10,7 @@ from small_modules import CLASSES, QUICK, clouds, network
 from torch import nn
 from torch.nn import functional
 
-from lrf_lightning import compress
+from lrf_lightning import LossTerms, StepOutput, compress
 from lrf_lightning.distributed import PeerError, Processes, assigned
 from lrf_lightning.solver import workspace
 
@@ -20,6 +20,13 @@ WORLDS = (1, 2, 3)
 def loss(model, batch):
     x, y = batch
     return functional.cross_entropy(model(x), y, reduction="none")
+
+
+def loss_of_outputs(model, batch):
+    """A loss of several terms per sample, whose signs are drawn."""
+    x, y = batch
+    terms = LossTerms.of(functional.mse_loss(model(x), functional.one_hot(y, CLASSES).float(), reduction="none"))
+    return StepOutput(terms.per_sample, terms=terms)
 
 
 def batches(count, seed, size=16):
@@ -46,7 +53,8 @@ def trained():
 def solved(rank, world, model, counts, options):
     """Every figure of a solve on this process's share of the batches."""
     shares = [batches(count, seed)[rank::world] for seed, count in enumerate(counts, start=1)]
-    result = compress(model, loss, *shares, **(QUICK | options))
+    options = QUICK | options
+    result = compress(model, options.pop("loss", loss), *shares, **options)
     products = {}
     for name in result.ranks:
         layer = result.model.get_submodule(name)
@@ -86,7 +94,9 @@ class TestSolve:
             {"objective": "lossless", "tolerance": 0.05, "score_tolerance": 0.05},
             {"objective": "budget", "memory_gib": 2e-5},  # several groups of layers, and a part of the batches
             {"objective": "budget", "compensation": False, "prediction": "energy"},
+            {"objective": "budget", "loss": loss_of_outputs},
         ],
+        ids=["lossless", "little memory", "energy", "terms"],
     )
     def test_is_the_same_for_any_number_of_processes(self, trained, options):
         expected = solved(0, 1, trained, (6, 5, 4), options)
