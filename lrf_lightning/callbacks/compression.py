@@ -118,7 +118,7 @@ class LowRankCompression(Callback):
         score_margin: fall of the score that counts as not worse.
         confidence: one-sided confidence of the verdict, in (0.5, 1).
         speed: how both models are timed for the report, ``none``, ``eager`` or ``compile``.
-        points: number of allocations that are measured.
+        points: number of shares of the cost that are measured.
         refinements: bisection steps between them.
         prediction: what the allocation trusts, the change of the ``loss`` or the lost ``energy`` of the weights.
         probes: whether the perturbation range is found by measuring a few truncations.
@@ -127,7 +127,8 @@ class LowRankCompression(Callback):
             ``best``: whichever leaves the smallest error, for every layer.
         batch_norm: whether statistics of batch norms are estimated anew where the selection split shows that it helps.
         damping: relative damping of second moments.
-        first_order_errors: standard errors by which first-order terms are shrunk.
+        first_order_errors: standard errors by which first-order terms are shrunk. Ranks with and without the gains that are
+            left are both measured.
         range_factor: largest ratio of measured to predicted change inside the perturbation range.
         rows_per_feature: sampled input rows per input dimension of a layer.
         rank_multiple: ranks are rounded to a multiple of this; None is 8 on CUDA and 1 elsewhere.

@@ -62,7 +62,7 @@ class Settings:
             larger of 2 % of the original's loss and 0.005.
         score_margin: fall of the score that counts as not worse in the verdict, absolute.
         confidence: one-sided confidence of the verdict's bounds, in (0.5, 1).
-        points: number of allocations that are measured for the frontier, at least 2.
+        points: number of shares of the cost that are measured for the frontier, at least 2.
         refinements: bisection steps that ``compact`` and ``lossless`` add between frontier points.
         speed: how both models are timed for the report, at the size of a verification batch and at one sample, each for
             a second or two: ``eager``, ``compile`` (with ``torch.compile`` as well, which takes its time) or ``none``.
@@ -77,7 +77,8 @@ class Settings:
         batch_norm: whether running statistics of batch norms are estimated anew on the calibration data, where that
             lowers the loss on the selection split; needs splits of a thousand samples or more.
         damping: relative damping of the second moments of inputs and gradients, at least 0.
-        first_order_errors: standard errors by which a first-order term is shrunk towards 0 before it is believed.
+        first_order_errors: standard errors by which a first-order term is shrunk towards 0 before it is believed. Where
+            gains are left that make a difference, ranks with and without them are both measured on the selection split.
         range_factor: a rank is inside the perturbation range while measured and predicted change differ by no more
             than this factor, at least 1; outside, the prediction counts as many times.
         rows_per_feature: sampled input rows per input dimension of a layer that the second moments are taken over.
