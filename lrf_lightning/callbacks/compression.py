@@ -127,8 +127,8 @@ class LowRankCompression(Callback):
             ``best``: whichever leaves the smallest error, for every layer.
         batch_norm: whether statistics of batch norms are estimated anew where the selection split shows that it helps.
         damping: relative damping of second moments.
-        first_order_errors: standard errors by which first-order terms are shrunk. Ranks with and without the gains that are
-            left are both measured.
+        first_order_errors: standard errors by which first-order terms are shrunk. Ranks with and without the gains that
+            are left are both measured.
         range_factor: largest ratio of measured to predicted change inside the perturbation range.
         rows_per_feature: sampled input rows per input dimension of a layer.
         rank_multiple: ranks are rounded to a multiple of this; None is 8 on CUDA and 1 elsewhere.
