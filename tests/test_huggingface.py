@@ -10,6 +10,7 @@ from torch import nn
 
 from lrf_lightning import CheckpointError, StepOutput, compress, restore_dense
 from lrf_lightning.huggingface import from_pretrained, save_pretrained
+from lrf_lightning.loss_calls import ExplainedLoss
 from lrf_lightning.step_loss import StepLoss
 
 transformers = pytest.importorskip("transformers")
@@ -49,6 +50,17 @@ def test_bert_that_was_really_compressed(tmp_path, auto):
     assert sum(p.numel() for p in loaded.parameters()) == result.params_model[1] < result.params_model[0]
     assert loaded.config.num_labels == 3
     assert not loaded.training
+
+
+def test_the_loss_of_a_causal_model_is_explained_by_its_tokens():
+    model, tokens = gpt(), batches(0)[0]
+    output = ExplainedLoss(lambda model, batch: model(input_ids=batch, labels=batch).loss)(model, tokens)
+    rows = nn.functional.cross_entropy(
+        model(input_ids=tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+    )
+    torch.testing.assert_close(output.loss, rows.mean(1))
+    assert output.terms.count == 5
+    torch.testing.assert_close(output.terms.values[:, :5], rows / 5)
 
 
 def test_gpt_with_transposed_layers_and_a_tied_head(tmp_path):
