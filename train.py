@@ -51,6 +51,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     offline_without_account()
     datamodule: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
+    untested = _missing_for_test(model, datamodule)
+    metrics_wanted = [cfg.optimized_metric] if isinstance(cfg.optimized_metric, str) else cfg.optimized_metric or []
+    wanted = [name for name in metrics_wanted if "test" in name.split("/")]
+    if wanted and (untested or not cfg.test):
+        raise ValueError(f"optimized_metric={wanted[0]} is a figure of the test, but {untested or 'test=false'}")
     callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
     loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
@@ -63,9 +68,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         compression.compress_now(trainer, model)
     metrics = dict(trainer.callback_metrics)
     result = None if compression is None else compression.result
-    missing = _missing_for_test(model, datamodule)
-    if cfg.test and missing:
-        _say(f"Nothing is tested: {missing}; test=false says that this is meant")
+    if cfg.test and untested:
+        _say(f"Nothing is tested: {untested}; test=false says that this is meant")
     elif cfg.test:
         metrics |= _test(trainer, model, datamodule, compression)
     return metrics, {"cfg": cfg, "datamodule": datamodule, "model": model, "trainer": trainer, "result": result}

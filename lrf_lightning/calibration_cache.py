@@ -141,6 +141,7 @@ def _key(work: Workspace, candidates: list[Candidate], dense: Outcome) -> str:
         work.settings.cost if any(len(c.orders(work.settings.conv_order)) > 1 for c in candidates) else None,
         measured.samples,
         figures,
+        f"{dense.terms:.3e}",  # the same loss may be given with its terms or without
     )
 
 

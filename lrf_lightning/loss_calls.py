@@ -14,14 +14,14 @@ sample counts by its number of them: its loss is the sum over its rows, divided 
 Whether these are the loss is found by comparison: :func:`agrees` compares their mean with what the step returned, which
 fails, as it should, for class weights and losses that are a sum of several ones.
 
-:class:`ExplainedLoss` does the same for a user's own ``loss(model, batch)``.
+:class:`ExplainedLoss` finds the terms of a user's own ``loss(model, batch)`` in the same way.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,7 @@ WATCHED: frozenset[Callable[..., Any]] = frozenset(
     {functional.cross_entropy, functional.nll_loss, functional.binary_cross_entropy_with_logits, functional.mse_loss}
 )
 CLASSIFIERS: frozenset[Callable[..., Any]] = frozenset({functional.cross_entropy, functional.nll_loss})
+MOST_CALLS = 4
 REDUCTION = frozenset({"reduction", "reduce", "size_average"})
 
 
@@ -127,7 +128,10 @@ class LossCall:
 
 
 class LossCalls(TorchFunctionMode):
-    """Context manager that notes the calls of watched loss functions in :attr:`calls`."""
+    """Context manager that notes the last calls of watched loss functions in :attr:`calls`.
+
+    Of many calls, as of a loss that is computed in parts to save memory, the others are let go with their logits.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,15 +148,15 @@ class LossCalls(TorchFunctionMode):
             options = {name: value for name, value in arguments.items() if name not in REDUCTION}
             first, second = options.pop("input"), options.pop("target")
             self.calls.append(LossCall(func, first, second, options, result))
+            del self.calls[:-MOST_CALLS]
         return result
 
 
 class ExplainedLoss:
-    """A user's loss, given per sample and with its terms where a call of a watched loss function shows them.
+    """A user's loss, with the terms that it is a mean of where a call of a watched loss function shows them.
 
-    A loss that is a mean over the batch is given per sample; one per sample gets the terms that it is a mean of, such
-    as tokens. What the user gave is kept otherwise, the score included. Watching takes time with every operation of the
-    model, so it ends if the first batch shows nothing.
+    Loss and score are what the user's function returns, so that nothing else depends on what is found here. Watching
+    takes time with every operation of the model: it ends if the first batch shows no terms.
 
     Args:
         loss: see :data:`~lrf_lightning.solver.evaluation.LossFunction`.
@@ -160,43 +164,69 @@ class ExplainedLoss:
 
     def __init__(self, loss: LossFunction) -> None:
         self.loss = loss
-        self._plain = False
+        self._plain, self._found = _is_compiled(loss), False
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor | StepOutput:
         """The loss of one batch."""
-        if self._plain:
+        if self._plain or any(_is_compiled(module) for module in model.modules()):
             return self.loss(model, batch)
-        with LossCalls() as watch:
-            output = self.loss(model, batch)
+        try:
+            with LossCalls() as watch:
+                output = self.loss(model, batch)
+        except Exception:  # code that is compiled further down may not bear being watched
+            self._plain = True
+            return self.loss(model, batch)
         plain = output if isinstance(output, StepOutput) else StepOutput(output)
-        if not isinstance(plain.loss, Tensor) or plain.loss.dim() > 1 or plain.terms is not None:
-            return output
-        size = batch_size(batch)
-        for call in watch.calls:
-            losses = call.per_sample(size)
-            if losses is None:
-                continue
-            if plain.loss.dim() == 0 and agrees(losses, plain.loss):
-                return replace(plain, loss=losses, terms=call.terms(size))
-            if plain.loss.dim() == 1 and _same(losses, plain.loss) and (terms := call.terms(size)) is not None:
+        if isinstance(plain.loss, Tensor) and plain.terms is None:
+            terms = _terms(watch.calls, plain.loss, batch_size(batch))
+            if terms is not None:
+                self._found = True
                 return replace(plain, terms=terms)
-        self._plain = True
+        self._plain = not self._found
         return output
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
-    if first.shape != second.shape:
-        return False
-    relative = max(1e-4, 4 * torch.finfo(second.dtype).eps)
-    return torch.allclose(first.detach().double(), second.detach().double(), rtol=relative, atol=1e-9)
+def _terms(calls: Iterable[LossCall], loss: Tensor, size: int) -> LossTerms | None:
+    for call in calls:
+        # the same value may be computed from detached logits, for a log
+        if loss.requires_grad and not call.input.requires_grad:
+            continue
+        try:
+            losses, terms = call.per_sample(size), call.terms(size)
+        except Exception:  # what was called in a function transform or a compiled region cannot be called again
+            continue
+        if losses is None or terms is None or not torch.isfinite(loss).all():
+            continue
+        eps = max(torch.finfo(value.dtype).eps for value in (loss, call.result))
+        if loss.dim() == 0 and agrees(losses, loss, eps):
+            return terms
+        if loss.shape == losses.shape and torch.allclose(
+            losses.detach().double(), loss.detach().double(), rtol=max(1e-4, 4 * eps), atol=1e-9
+        ):
+            return terms
+    return None
 
 
-def agrees(per_sample: Tensor, loss: Tensor) -> bool:
-    """Whether the mean of per-sample losses is the loss, within 1e-4 or a few roundings; never for an infinite loss."""
+def _is_compiled(code: Any) -> bool:
+    return (
+        getattr(code, "_compiled_call_impl", None) is not None
+        or hasattr(code, "_orig_mod")
+        or hasattr(code, "_torchdynamo_orig_callable")
+    )
+
+
+def agrees(per_sample: Tensor, loss: Tensor, eps: float | None = None) -> bool:
+    """Whether the mean of per-sample losses is the loss, within 1e-4 or a few roundings; never for an infinite loss.
+
+    Args:
+        per_sample: shape (batch,).
+        loss: shape ().
+        eps: relative rounding of what the loss was computed in; None for that of its dtype.
+    """
     mean, value = float(per_sample.detach().double().mean()), float(loss.detach().double())
     if not math.isfinite(value):
         return False
-    relative = max(1e-4, 4 * torch.finfo(loss.dtype).eps)
+    relative = max(1e-4, 4 * (torch.finfo(loss.dtype).eps if eps is None else eps))
     return abs(mean - value) <= relative * abs(value) + 1e-9
 
 

@@ -38,7 +38,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
-from lrf_lightning.loss_calls import ExplainedLoss, agrees
+from lrf_lightning.loss_calls import agrees
 from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode
 from lrf_lightning.step_record import StepRecord, run_step
 
@@ -77,7 +77,6 @@ class StepLoss:
         loss: Callable[[nn.Module, Any], Tensor | StepOutput] | None = None,
     ) -> None:
         self.trainer, self.score, self.loss = trainer, score, loss
-        self._own = None if loss is None else ExplainedLoss(loss)
         self._source: _Source | None = None
 
     @property
@@ -118,8 +117,8 @@ class StepLoss:
         if not isinstance(module, LightningModule):
             raise TypeError(f"module is a {type(module).__name__}; StepLoss takes a LightningModule, or pass loss=")
         with self._attached(module):
-            if self._own is not None:
-                output = self._own(module, batch)
+            if self.loss is not None:
+                output = self.loss(module, batch)
                 output = StepOutput(output) if isinstance(output, Tensor) else output
                 return output if self.score is None else _with_score(output, self._extra_score(module, batch, None))
             if self._source is None:
@@ -248,11 +247,16 @@ def _output(record: StepRecord, loss: Tensor, size: int) -> StepOutput:
     """The loss per sample where a watched call explains it, else as it is; accuracy and logits where they are known."""
     if loss.dim() == 0:
         for call in record.calls:
+            # the same value may be computed from detached logits, for a log
+            if loss.requires_grad and not call.input.requires_grad:
+                continue
             losses = call.per_sample(size)
-            if losses is not None and agrees(losses, loss):
+            # of a loss that is not finite as many figures are given as of the others, so that they stay pairs
+            if losses is not None and (agrees(losses, loss) or not torch.isfinite(loss)):
                 logits = call.logits(size)
                 target = None if logits is None else call.target
-                return StepOutput(losses, call.correct(size), logits, target, call.terms(size))
+                terms = call.terms(size) if torch.isfinite(loss) else None
+                return StepOutput(losses, call.correct(size), logits, target, terms)
     scores = [score for call in record.calls if (score := call.correct(size)) is not None]
     return StepOutput(loss, scores[0] if len(scores) == 1 else None)
 

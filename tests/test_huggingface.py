@@ -58,7 +58,7 @@ def test_the_loss_of_a_causal_model_is_explained_by_its_tokens():
     rows = nn.functional.cross_entropy(
         model(input_ids=tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
     )
-    torch.testing.assert_close(output.loss, rows.mean(1))
+    torch.testing.assert_close(output.loss, rows.mean())
     assert output.terms.count == 5
     torch.testing.assert_close(output.terms.values[:, :5], rows / 5)
 

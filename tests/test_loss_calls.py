@@ -106,6 +106,11 @@ class TestRows:
         assert agrees(call.per_sample(6), result)
 
 
+def test_of_many_calls_the_last_ones_are_kept():
+    _, calls = watched(lambda: [functional.cross_entropy(LOGITS[:i], TARGET[:i]) for i in range(1, 7)])
+    assert [len(call.target) for call in calls] == [3, 4, 5, 6]
+
+
 class TestAgreement:
     def test_other_reductions_do_not_agree(self):
         weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -175,7 +180,7 @@ def test_all_calls_are_noted_in_order_and_others_are_not():
 
 
 class TestExplainedLoss:
-    """What a user's own loss is a mean of; the model stands for its logits."""
+    """What a user's own loss is a mean of."""
 
     LOGITS = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
     TOKENS = torch.tensor([[0, 1, 3, 1, 0], [1, 3, 0, 0, 3], [3, 0, 0, 1, 1]])
@@ -184,32 +189,75 @@ class TestExplainedLoss:
         return functional.cross_entropy(self.LOGITS.transpose(1, 2), self.TOKENS, reduction="none")
 
     def test_a_mean_over_all_tokens(self):
-        output = ExplainedLoss(lambda model, batch: functional.cross_entropy(model.flatten(0, 1), batch.flatten()))(
-            self.LOGITS, self.TOKENS
-        )
-        torch.testing.assert_close(output.loss, self.rows().mean(1))
+        output = ExplainedLoss(
+            lambda model, batch: functional.cross_entropy(batch[0].flatten(0, 1), batch[1].flatten())
+        )(nn.Identity(), (self.LOGITS, self.TOKENS))
+        assert output.loss.shape == (), "pairs of the comparison stay what they are"
         torch.testing.assert_close(output.terms.values, self.rows() / 5)
         assert output.terms.count == 5
         assert output.score is None
 
     def test_a_loss_per_sample_with_a_score(self):
         given = StepOutput(self.rows().mean(1), torch.ones(3))
-        output = ExplainedLoss(lambda model, batch: (self.rows(), given)[1])(self.LOGITS, self.TOKENS)
+        output = ExplainedLoss(lambda model, batch: (self.rows(), given)[1])(nn.Identity(), self.TOKENS)
         assert output.loss is given.loss
         assert output.score is given.score
         torch.testing.assert_close(output.terms.per_sample, given.loss)
 
+    def test_a_copy_for_a_log_is_not_the_loss(self):
+        logits = self.LOGITS.clone().requires_grad_()
+
+        def loss(model, batch):
+            flat = logits.flatten(0, 1)
+            functional.cross_entropy(flat.detach(), batch.flatten())
+            return functional.cross_entropy(flat, batch.flatten())
+
+        assert ExplainedLoss(loss)(nn.Identity(), self.TOKENS).terms.values.requires_grad
+
+    def test_bfloat16_that_is_widened_afterwards(self):
+        logits = self.LOGITS.bfloat16()
+        for seed in range(20):
+            tokens = torch.randint(4, (3, 5), generator=torch.Generator().manual_seed(seed))
+            explained = ExplainedLoss(lambda m, b: functional.cross_entropy(logits.flatten(0, 1), b.flatten()).float())
+            assert explained(nn.Identity(), tokens).terms is not None
+
+    def test_a_loss_that_is_not_finite_does_not_end_the_watch(self):
+        scale = torch.ones(())
+        explained = ExplainedLoss(lambda m, b: functional.cross_entropy(scale * self.LOGITS.transpose(1, 2), b))
+        assert explained(nn.Identity(), self.TOKENS).terms is not None
+        scale.fill_(torch.nan)
+        assert isinstance(explained(nn.Identity(), self.TOKENS), torch.Tensor)
+        scale.fill_(1.0)
+        assert explained(nn.Identity(), self.TOKENS).terms is not None
+
+    def test_a_function_transform_is_left_alone(self):
+        def loss(model, batch):
+            return torch.func.vmap(functional.cross_entropy)(self.LOGITS, batch)
+
+        torch.testing.assert_close(ExplainedLoss(loss)(nn.Identity(), self.TOKENS), self.rows().mean(1))
+
+    def test_compiled_models_and_losses_are_not_watched(self):
+        def loss(model, batch):
+            assert not torch.overrides._get_current_function_mode_stack()
+            return batch.sum()
+
+        compiled = nn.Linear(2, 2)
+        compiled.compile()
+        for model in (compiled, torch.compile(nn.Linear(2, 2)), nn.Sequential(torch.compile(nn.Linear(2, 2)))):
+            ExplainedLoss(loss)(model, self.TOKENS)
+        assert ExplainedLoss(torch.compile(loss))._plain
+
     def test_terms_that_were_given_are_kept(self):
         terms = LossTerms.of(2 * self.rows())
         given = StepOutput(terms.per_sample, terms=terms)
-        assert ExplainedLoss(lambda model, batch: given)(self.LOGITS, self.TOKENS) is given
+        assert ExplainedLoss(lambda model, batch: given)(nn.Identity(), self.TOKENS) is given
 
     @pytest.mark.parametrize(
         "loss",
         [
-            lambda model, batch: functional.cross_entropy(model[:, 0], batch[:, 0], reduction="none"),
-            lambda model, batch: 3 * functional.cross_entropy(model.transpose(1, 2), batch),
-            lambda model, batch: model.mean(),
+            lambda model, batch: functional.cross_entropy(batch[0][:, 0], batch[1][:, 0], reduction="none"),
+            lambda model, batch: 3 * functional.cross_entropy(batch[0].transpose(1, 2), batch[1]),
+            lambda model, batch: batch[0].mean(),
         ],
         ids=["one term per sample", "another factor", "no watched function"],
     )
@@ -221,6 +269,7 @@ class TestExplainedLoss:
             return loss(model, batch)
 
         explained = ExplainedLoss(noted)
+        batch = self.LOGITS, self.TOKENS
         for _ in range(2):
-            torch.testing.assert_close(explained(self.LOGITS, self.TOKENS), loss(self.LOGITS, self.TOKENS))
+            torch.testing.assert_close(explained(nn.Identity(), batch), loss(None, batch))
         assert seen == [1, 0]

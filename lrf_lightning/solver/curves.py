@@ -13,7 +13,7 @@ second moment of gradients standing in for the Hessian. Only ranks that save par
 components are projected; the rest of the sum follows from the total g . (W x), which costs no extra product.
 
 Where a sample's loss is a mean over T terms (tokens, pixels), its own derivative squared is not its curvature, but up
-to T times smaller. A second backward pass, from the terms with random signs
+to T times smaller. A second pass, back from the terms with random signs
 (:meth:`~lrf_lightning.solver.evaluation.LossTerms.scattered`), then gives the t_n(k) of the second sum.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.factorization import Factors
-from lrf_lightning.solver.statistics import LayerStatistics, Use, backward_passes, scattered_terms, summed_loss
+from lrf_lightning.solver.statistics import LayerStatistics, Use, backward_passes, scattered_loss, summed_loss
 
 __all__ = [
     "Derivatives",
@@ -104,7 +104,13 @@ class _Collected:
         self.scattered: list[tuple[Tensor, Tensor]] = []
 
     def add(self, calls: Sequence[tuple[Tensor, Tensor]], size: int, target: int) -> None:
-        """Add up the calls of one batch; the samples of a batch in which the layer did not run do not depend on it."""
+        """Add up the calls of one batch; the samples of a batch in which the layer did not run do not depend on it.
+
+        Args:
+            calls: derivatives of every call of the layer.
+            size: samples of the batch.
+            target: 0 for the loss, 1 for its scattered terms, which come after it.
+        """
         none = torch.zeros(size, self.components, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
         sums = sum((head for head, _ in calls), none[0]), sum((total for _, total in calls), none[1])
         if target == 0:
@@ -137,7 +143,7 @@ def component_derivatives(
     processes: Processes = ALONE,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Derivatives]:
-    """Collect the derivatives of this process's samples in one forward pass and one or two backward passes.
+    """Collect the derivatives of this process's samples, in one forward and backward pass or, with terms, in two.
 
     Args:
         model: dense model on ``device``.
@@ -180,7 +186,8 @@ def component_derivatives(
             advance()
 
     with processes.together("the curves"):
-        targets = [summed_loss, scattered_terms(seed)]
+        # other signs than those of the moments that the components come from
+        targets = [summed_loss, scattered_loss(seed + 1)]
         backward_passes(model, layers, loss, batches, device, on_forward, flush, targets, processes)
     return {name: found.joined() for name, found in collected.items()}
 

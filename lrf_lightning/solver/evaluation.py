@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,33 +42,52 @@ class LossTerms:
 
     Attributes:
         values: shape (batch, t), differentiable; a row adds up to the sample's loss, and what does not count is 0.
-        count: mean number of terms per sample that count.
+        count: number of terms that every sample's loss is a mean of, shape (batch,), or one number for all.
     """
 
     values: Tensor
-    count: float
+    count: Tensor | float
 
     @classmethod
-    def of(cls, losses: Tensor, counts: Tensor | None = None) -> LossTerms:
-        """Terms of losses per token, pixel or output, of which the batch's mean is the loss.
+    def of(cls, losses: Tensor, counts: Tensor | None = None, *, samples_alike: bool = False) -> LossTerms:
+        """Terms of losses per token, pixel or output.
 
         Args:
             losses: shape (batch, ...), differentiable.
             counts: which of them count, of the same shape; None for all. The others are taken for 0.
+            samples_alike: whether the batch's loss is the mean over the samples of the means over their own terms.
+                Otherwise it is the mean over all terms, in which a sample counts by their number.
+
+        Raises:
+            ValueError: if the shapes differ, or nothing counts.
         """
-        rows = losses.flatten(1)
+        rows = losses.reshape(len(losses), -1)
         if counts is None:
             return cls(rows / rows.shape[1], rows.shape[1])
-        count = float(counts.sum()) / len(rows)
-        return cls(rows.masked_fill(~counts.bool().flatten(1), 0.0) / count, count)
+        if counts.shape != losses.shape:
+            raise ValueError(
+                f"counts has shape {tuple(counts.shape)}, but losses {tuple(losses.shape)}; both must agree"
+            )
+        mask = counts.bool().reshape(len(rows), -1)
+        own = mask.sum(1)
+        if not bool(own.all() if samples_alike else own.any()):
+            raise ValueError("counts marks no term of a sample; leave such samples out, since they have no loss")
+        count: Tensor | float = own.to(rows) if samples_alike else float(own.sum()) / len(rows)
+        rows = rows.masked_fill(~mask, 0.0)
+        return cls(rows / (count[:, None] if isinstance(count, Tensor) else count), count)
 
     @property
     def per_sample(self) -> Tensor:
-        """The loss of every sample, shape (batch,); a sample counts by its number of terms."""
+        """The loss of every sample, shape (batch,)."""
         return self.values.sum(1)
 
+    @property
+    def mean_count(self) -> float:
+        """The number of terms per sample."""
+        return float(torch.as_tensor(self.count, dtype=torch.float64).mean())
+
     def scattered(self, generator: torch.Generator) -> Tensor:
-        r"""The terms of every sample added up with random signs, times the root of their number, shape (batch,).
+        """The terms of every sample added up with random signs, times the root of their number, shape (batch,).
 
         A sample's loss is the mean over T negative log-likelihoods l_t. Its curvature along a direction is about the
         mean over t of the squared derivative of l_t, which is the mean of the squared derivative of what is returned
@@ -80,8 +98,7 @@ class LossTerms:
             generator: of the signs, on the CPU.
         """
         signs = torch.randint(2, self.values.shape, generator=generator).to(self.values) * 2 - 1
-        scattered: Tensor = (self.values * signs).sum(1) * math.sqrt(self.count)
-        return scattered
+        return (self.values * signs).sum(1) * torch.as_tensor(self.count, device=signs.device).to(signs).sqrt()
 
 
 @dataclass(frozen=True)
@@ -93,8 +110,8 @@ class StepOutput:
         score: shape (batch,) or (), larger is better (accuracy: 1.0 or 0.0 per sample); None if there is none.
         logits: shape (rows, classes), None unless the loss is a cross-entropy; for the temperature-scaled loss.
         target: class indices, shape (rows,), that belong to ``logits``.
-        terms: what ``loss``, then of shape (batch,), is the sum of; None if every sample is one term, or if they are
-            not known. Predictions for losses over tokens or pixels depend on them.
+        terms: what the samples' losses are the sums of; None if every sample is one term, or if they are not known.
+            Predictions for losses over tokens or pixels depend on them.
     """
 
     loss: Tensor
@@ -117,6 +134,7 @@ class Outcome:
         scores: shape (pairs,), None if no score is known.
         logits: shape (rows, classes), None unless every batch gave them.
         target: shape (rows,).
+        terms: number of terms per sample, 1 if they are not known.
     """
 
     losses: Tensor
@@ -124,6 +142,7 @@ class Outcome:
     scores: Tensor | None = None
     logits: Tensor | None = None
     target: Tensor | None = None
+    terms: float = 1.0
 
     def measurement(self) -> Measurement:
         """The weighted means."""
@@ -189,13 +208,25 @@ def step(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> StepOut
                 f"{name} has shape {tuple(value.shape)} for a batch of {size} samples; "
                 f"allowed are () (the mean over the batch) and ({size},) (one entry per sample)"
             )
-    values = None if output.terms is None else output.terms.values
-    if values is not None and (values.dim() != 2 or len(values) != size or tuple(output.loss.shape) != (size,)):
-        raise ValueError(
-            f"terms have the shape {tuple(values.shape)} beside a loss of shape {tuple(output.loss.shape)} for a batch "
-            f"of {size} samples; allowed are ({size}, t) and ({size},). See LossTerms.of"
-        )
+    if output.terms is not None:
+        _check_terms(output.loss, output.terms, size)
     return output
+
+
+def _check_terms(loss: Tensor, terms: LossTerms, size: int) -> None:
+    if terms.values.dim() != 2 or len(terms.values) != size:
+        raise ValueError(
+            f"terms have the shape {tuple(terms.values.shape)} for a batch of {size} samples; allowed is ({size}, t). "
+            "See LossTerms.of"
+        )
+    wanted, found = loss.detach().double(), terms.per_sample.detach().double()
+    found = found if loss.dim() == 1 else found.mean()
+    relative = max(1e-2, 4 * torch.finfo(loss.dtype).eps)
+    if torch.isfinite(wanted).all() and not torch.allclose(found, wanted, rtol=relative, atol=1e-6):
+        raise ValueError(
+            f"terms add up to a mean loss of {float(found.mean()):.6g}, but the loss is {float(wanted.mean()):.6g}; "
+            "every row must add up to its sample's loss. See LossTerms.of"
+        )
 
 
 def batch_size(batch: Any) -> int:
@@ -268,6 +299,8 @@ def _to_cpu(output: StepOutput, keep_logits: bool) -> StepOutput:
         score=double(output.score),
         logits=output.logits.detach().to("cpu", torch.float32) if keep and output.logits is not None else None,
         target=output.target.detach().to("cpu") if keep and output.target is not None else None,
+        # how many, but not what they are
+        terms=None if output.terms is None else LossTerms(torch.empty(0, 0), output.terms.mean_count),
     )
 
 
@@ -290,6 +323,7 @@ def _join(outputs: list[StepOutput], sizes: list[int]) -> Outcome:
         join(scores) if has_scores else None,
         torch.cat(logits) if complete else None,
         torch.cat(target) if complete else None,
+        max((output.terms.mean_count for output in outputs if output.terms is not None), default=1.0),
     )
 
 

@@ -35,6 +35,7 @@ LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
 # paired standard errors by which a believed gain must show: every share is another chance to be fooled, by the same few
 # selection samples. With 1.6 of them MiniLM on 300 texts took gains that were losses on 3,000 others
 PROOF = 3.0
+FEWEST_PAIRS = 10  # fewer have errors that say little
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class Frontier:
 
     def _is_better(self, outcome: Outcome, other: Outcome) -> bool:
         """Whether a loss on the selection split is surely lower than another, and the score no lower than a tie."""
+        if not torch.isfinite(other.losses).all() or len(outcome.losses) < FEWEST_PAIRS:
+            return bool(torch.isfinite(outcome.losses).all() and not torch.isfinite(other.losses).all())
         change, error = _paired_change(outcome.losses, other.losses, outcome.weights)
         if not change + PROOF * error < 0:
             return False
@@ -396,11 +399,12 @@ def _options(work: Workspace, *, gains: bool) -> dict[str, list[Option]]:
         changes = _weighed(curve, work.settings, gains=gains)
         count = len(curve.change)
         grid = range(multiple, count + 1, multiple) if count >= multiple else range(1, count + 1)
-        choices = [Option(None, work.cost(layer, None), 0.0)]
-        choices += [
+        dense = work.cost(layer, None)
+        low_rank = [
             Option(rank, work.cost(layer, rank), float(changes[rank - 1]))
             for rank in grid
             if work.is_worthwhile(layer, rank)
         ]
-        options[name] = choices
+        # lookups in a dense table cost no multiply-adds, so a rank may cost more than the dense layer
+        options[name] = [Option(None, dense, 0.0), *(option for option in low_rank if option.cost < dense)]
     return options

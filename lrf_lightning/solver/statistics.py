@@ -49,7 +49,6 @@ __all__ = [
     "empty_statistics",
     "memory_groups",
     "scattered_loss",
-    "scattered_terms",
     "summed_loss",
 ]
 
@@ -319,7 +318,7 @@ class Use:
 
 Calls = dict[tuple[str, bool], float]
 # what a backward pass starts from, for the output of a step, the size of its batch and its index among all batches
-BackwardTarget = Callable[[StepOutput, int, int], Tensor | None]
+BackwardTarget = Callable[[StepOutput, int, int], Tensor]
 
 
 def _uses(model: nn.Module, layer: LayerStatistics) -> Iterator[Use]:
@@ -345,8 +344,9 @@ def backward_passes(
 ) -> int:
     """Run forward and backward over this process's batches and return the number of their samples.
 
-    ``on_forward`` also gets the batch's size and its index among all batches. For every target that is not None for a
-    batch there is a backward pass, and then a call of ``after_backward`` with the size and the index of the target.
+    ``on_forward`` also gets the batch's size and its index among all batches. Every target has a pass of its own, those
+    after the first one only for batches whose loss has terms. Then ``after_backward`` is called with the size and the
+    index of the target.
     """
     samples = 0
     uses = {(use.name, use.transposed): use for layer in layers.values() for use in _uses(model, layer)}
@@ -359,21 +359,30 @@ def backward_passes(
             def observe(key: tuple[str, bool], x: Tensor, y: Tensor, size: int = size, index: int = index) -> Any:
                 return on_forward(uses[key], x, y, size, index)
 
-            with observe_gradients(modules, observe):
-                output = step(model, loss, to_device(batch, device), size)
-                total = summed_loss(output, size, index).detach()
-                if not torch.isfinite(total):
-                    raise ValueError(
-                        f"the loss of calibration batch {index} is {float(total / size)}; it must be finite. "
-                        "Check the batch and the weights for NaN"
-                    )
-                found = [(i, target(output, size, index)) for i, target in enumerate(targets)]
-                starts = [(i, start) for i, start in found if start is not None]
-                for i, start in starts:
-                    if start.requires_grad:
-                        start.backward(retain_graph=i < starts[-1][0])  # type: ignore[no-untyped-call]
-                    after_backward(size, i)
+            batch = to_device(batch, device)
+            for i, target in enumerate(targets):
+                # a forward pass again: not every kind of module bears going back twice, compiled ones do not
+                with observe_gradients(modules, observe):
+                    has_terms = _backward(model, loss, batch, size, index, target)
+                after_backward(size, i)
+                if not has_terms:
+                    break
     return samples
+
+
+def _backward(model: nn.Module, loss: LossFunction, batch: Any, size: int, index: int, target: BackwardTarget) -> bool:
+    """One forward and backward pass from a target, of which nothing is kept; whether the loss has terms."""
+    output = step(model, loss, batch, size)
+    total = summed_loss(output, size, index).detach()
+    if not torch.isfinite(total):
+        raise ValueError(
+            f"the loss of calibration batch {index} is {float(total / size)}; it must be finite. "
+            "Check the batch and the weights for NaN"
+        )
+    start = target(output, size, index)
+    if start.requires_grad:
+        start.backward()  # type: ignore[no-untyped-call]
+    return output.terms is not None
 
 
 def summed_loss(output: StepOutput, size: int, index: int) -> Tensor:
@@ -381,29 +390,18 @@ def summed_loss(output: StepOutput, size: int, index: int) -> Tensor:
     return output.loss.sum() if output.loss.dim() == 1 else output.loss * size
 
 
-def scattered_terms(seed: int) -> BackwardTarget:
-    """The sum of what stands for the curvature of every sample; None where a sample is one term.
+def scattered_loss(seed: int) -> BackwardTarget:
+    """What second moments of gradients start from: the terms with random signs, or :func:`summed_loss` without terms.
 
     See :meth:`~lrf_lightning.solver.evaluation.LossTerms.scattered`. The signs depend on the index of the batch, not on
     the process that has it.
     """
 
-    def total(output: StepOutput, size: int, index: int) -> Tensor | None:
+    def total(output: StepOutput, size: int, index: int) -> Tensor:
         if output.terms is None:
-            return None
+            return summed_loss(output, size, index)
         generator = torch.Generator().manual_seed(hash((seed, index)) % 2**63)
         return output.terms.scattered(generator).sum()
-
-    return total
-
-
-def scattered_loss(seed: int) -> BackwardTarget:
-    """What second moments of gradients start from: :func:`scattered_terms`, or :func:`summed_loss` without terms."""
-    terms = scattered_terms(seed)
-
-    def total(output: StepOutput, size: int, index: int) -> Tensor | None:
-        scattered = terms(output, size, index)
-        return summed_loss(output, size, index) if scattered is None else scattered
 
     return total
 

@@ -152,9 +152,12 @@ def test_an_empty_loader_is_an_error():
         (lambda m, b: StepOutput(m(b[0]).sum(), torch.ones(4)), r"score has shape \(4,\) for a batch of 5 samples"),
         (
             lambda m, b: StepOutput(m(b[0]).mean(1), terms=LossTerms(m(b[0])[:2], 3)),
-            r"terms have the shape \(2, 3\) beside a loss of shape \(5,\) for a batch of 5 samples; allowed",
+            r"terms have the shape \(2, 3\) for a batch of 5 samples; allowed is \(5, t\)",
         ),
-        (lambda m, b: StepOutput(m(b[0]).mean(), terms=LossTerms.of(m(b[0]))), r"beside a loss of shape \(\)"),
+        (
+            lambda m, b: StepOutput(torch.ones(5), terms=LossTerms(torch.ones(5, 3), 3)),
+            "terms add up to a mean loss of 3, but the loss is 1",
+        ),
         (lambda m, b: 0.5, r"loss returned float; return a Tensor of shape \(\) or \(5,\), or a StepOutput"),
         (lambda m, b: None, "loss returned NoneType"),
         (lambda m, b: StepOutput(0.5), "loss returned StepOutput"),
@@ -202,3 +205,53 @@ def test_measurement_is_the_weighted_mean():
     outcome = Outcome(torch.tensor([1.0, 4.0]).double(), torch.tensor([3.0, 1.0]).double())
     assert outcome.measurement().loss == pytest.approx(1.75)
     assert outcome.measurement().samples == 4
+
+
+class TestLossTerms:
+    """Two ways to take a mean over tokens, of which some are padding."""
+
+    ROWS = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 4.0, 5.0]])
+    COUNTS = torch.tensor([[1, 1, 0], [1, 1, 1]])
+
+    def test_all_tokens_alike(self):
+        terms = LossTerms.of(self.ROWS, self.COUNTS)
+        torch.testing.assert_close(terms.per_sample.mean(), torch.tensor(15 / 5))
+        assert terms.count == terms.mean_count == 2.5
+
+    def test_all_samples_alike(self):
+        terms = LossTerms.of(self.ROWS, self.COUNTS, samples_alike=True)
+        torch.testing.assert_close(terms.per_sample, torch.tensor([1.5, 4.0]))
+        torch.testing.assert_close(terms.count, torch.tensor([2.0, 3.0]))
+        assert terms.mean_count == 2.5
+
+    @pytest.mark.parametrize("samples_alike", [False, True])
+    def test_the_mean_square_over_the_signs(self, samples_alike):
+        """For one number per sample: the number of terms times the sum of their squares."""
+        terms = LossTerms.of(self.ROWS, self.COUNTS, samples_alike=samples_alike)
+        generator = torch.Generator().manual_seed(0)
+        squares = torch.stack([terms.scattered(generator).square() for _ in range(4000)]).mean(0)
+        torch.testing.assert_close(squares, terms.values.square().sum(1) * terms.count, rtol=0.1, atol=0)
+
+    def test_a_mask_in_half_precision_counts_right(self):
+        rows = torch.ones(2, 70_000)
+        assert LossTerms.of(rows, torch.ones_like(rows, dtype=torch.float16)).count == 70_000
+
+    def test_one_term_per_sample(self):
+        torch.testing.assert_close(LossTerms.of(torch.tensor([1.0, 2.0])).per_sample, torch.tensor([1.0, 2.0]))
+
+    @pytest.mark.parametrize("samples_alike", [False, True])
+    def test_nothing_that_counts(self, samples_alike):
+        with pytest.raises(ValueError, match="counts marks no term"):
+            LossTerms.of(self.ROWS, torch.zeros(2, 3), samples_alike=samples_alike)
+
+    def test_shapes_that_differ(self):
+        with pytest.raises(ValueError, match=r"counts has shape \(2,\), but losses \(2, 3\)"):
+            LossTerms.of(self.ROWS, torch.ones(2))
+
+    def test_the_outcome_knows_how_many(self):
+        def loss(model, batch):
+            terms = LossTerms.of(model(batch[0]))
+            return StepOutput(terms.per_sample, terms=terms)
+
+        assert evaluate(classifier(), loss, batches(5), CPU).terms == 3
+        assert evaluate(classifier(), per_sample, batches(5), CPU).terms == 1
