@@ -271,3 +271,17 @@ def test_one_term_per_sample_is_no_different():
 
     for name, prediction in predictions(model, batches, loss=single).items():
         torch.testing.assert_close(prediction.curvature, predictions(model, batches)[name].curvature)
+
+
+@pytest.mark.parametrize("compiled", ["part", "whole"])
+def test_compiled_modules_bear_the_passes_of_tokens(compiled):
+    """Going back through a compiled region twice is an error of torch's."""
+    model, batches = token_problem()
+    expected = predictions(model, batches, loss=token_loss)
+    if compiled == "whole":
+        model.compile(backend="aot_eager")
+    else:
+        model.mix.compile(backend="aot_eager")
+    found = predictions(model, batches, loss=token_loss)
+    torch.testing.assert_close(found["mix"].curvature, expected["mix"].curvature)
+    torch.testing.assert_close(found["head"].first_order, expected["head"].first_order)

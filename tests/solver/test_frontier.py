@@ -181,3 +181,21 @@ def test_better_is_surely_lower_and_no_less_accurate(change, score, better):
     other = Outcome(torch.zeros(400, dtype=torch.float64), weights, scores)
     assert frontier._is_better(Outcome(noise - noise.mean() + change, weights, scores + score), other) is better
     assert not frontier._is_better(Outcome(noise[:1] - 9, weights[:1]), Outcome(noise[:1], weights[:1])), "one pair"
+
+
+def test_ranks_that_cost_more_than_the_dense_layer_are_no_choice():
+    """As those of a table are that is only looked up, counted in multiply-adds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 16), nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randint(40, (64, 4), generator=generator), torch.randint(4, (64,), generator=generator))]
+    parts = {"calibration": data, "selection": data, "verification": data}
+    work, dense = calibrated(model, per_sample, parts, settings=Settings(objective="budget", cost="flops"))
+    frontier = Frontier(work, dense)
+    assert work.cost(work.layers["0"], 1) > work.cost(work.layers["0"], None) == 0
+    for keep in (1.0, 0.8, 0.4):
+        for ranks in frontier.rivals(keep):
+            assert "0" not in ranks
+            assert (
+                sum(work.cost(layer, ranks.get(name)) for name, layer in work.layers.items()) <= keep * work.dense_cost
+            )
