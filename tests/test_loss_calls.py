@@ -242,10 +242,11 @@ class TestExplainedLoss:
             return batch.sum()
 
         compiled = nn.Linear(2, 2)
-        compiled.compile()
-        for model in (compiled, torch.compile(nn.Linear(2, 2)), nn.Sequential(torch.compile(nn.Linear(2, 2)))):
+        compiled.compile(backend="eager")
+        wrapped = torch.compile(nn.Linear(2, 2), backend="eager")
+        for model in (compiled, wrapped, nn.Sequential(wrapped)):
             ExplainedLoss(loss)(model, self.TOKENS)
-        assert ExplainedLoss(torch.compile(loss))._plain
+        assert ExplainedLoss(torch.compile(loss, backend="eager"))._plain
 
     def test_terms_that_were_given_are_kept(self):
         terms = LossTerms.of(2 * self.rows())
