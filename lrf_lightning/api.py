@@ -106,8 +106,8 @@ def compress(
         model: any trained module; a copy of it is compressed, the model itself is not touched.
         loss: ``loss(model, batch)``, a Tensor of shape (batch,) with one loss per sample or () with the mean over the
             batch, or a :class:`~lrf_lightning.StepOutput` that also holds a score. It is called in evaluation mode. The
-            losses of samples, and of their tokens or pixels, are found where it calls a common loss function of torch
-            (:class:`~lrf_lightning.loss_calls.ExplainedLoss`); otherwise give them as ``StepOutput.terms``.
+            tokens or pixels that a sample's loss is a mean over are found where it calls a common loss function of
+            torch (:class:`~lrf_lightning.loss_calls.ExplainedLoss`); otherwise give them as ``StepOutput.terms``.
         calibration: batches for statistics, predictions and compensation, best held out from training. Like the other
             two, a DataLoader, whose order is drawn once; an iterator, which is read into memory; or any iterable that
             yields the same samples in the same order each time it is run through.
