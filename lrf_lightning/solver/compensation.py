@@ -29,6 +29,7 @@ from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.conv_orders import best_factors, layer_factors
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, to_device
+from lrf_lightning.solver.factorization import divided
 from lrf_lightning.solver.hooks import first_tensor
 from lrf_lightning.solver.lockstep import Run, pause, runs
 from lrf_lightning.solver.statistics import LayerStatistics, Moment, RowSampler
@@ -140,8 +141,7 @@ def compensated_target(
     ridge = damping * mean * eye
     # the weight comes first, since it has far fewer rows than the moments
     weighted = weight.double() @ (cross_moment + ridge)
-    target: Tensor = torch.linalg.solve(input_moment + ridge, weighted, left=False)
-    return target
+    return divided(weighted, input_moment + ridge)
 
 
 @dataclass

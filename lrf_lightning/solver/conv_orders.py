@@ -40,6 +40,7 @@ from lrf_lightning.solver.factorization import (
     Factors,
     damped,
     decomposition_cost,
+    divided,
     factorize,
     relative_traces,
     roots,
@@ -136,7 +137,7 @@ def best_factors(
     assert input_moment is not None
     right = factors.right[:, :rank]
     gram, explained = _normal_equations(target.double(), right, damped(input_moment, damping), candidate.left_kernel)
-    kernels = torch.linalg.solve(gram, explained, left=False)
+    kernels = divided(explained, gram)
     groups, rows = kernels.shape[:2]
     left = kernels.reshape(groups, rows, rank, -1).transpose(2, 3).reshape(groups, -1, rank)
     return Factors(left, right, factors.singular_values).truncated(rank)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrf_lightning.solver.factorization import damped, decomposition_cost, factorize
+from lrf_lightning.solver.factorization import damped, decomposition_cost, divided, factorize
 
 SHAPES = [(1, 5, 9), (1, 9, 5), (3, 4, 7), (4, 6, 3), (1, 6, 6), (1, 1, 8), (1, 8, 1)]
 METRICS = ["euclidean", "activation", "fisher"]
@@ -285,3 +285,28 @@ def test_the_estimated_cost_is_that_of_measured_shapes():
     assert decomposition_cost(2, 256, 64) == 2 * decomposition_cost(1, 64, 256)
     # of a vocabulary only a diagonal is kept
     assert decomposition_cost(1, 768, 30522) < 2 * decomposition_cost(1, 768, 3072)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_division_by_moments_of_several_groups(threads):
+    """As large as in a grouped convolution: there a general solver failed with two threads."""
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    rows = torch.randn(4, 600, 288, dtype=torch.float64) * torch.logspace(0, -2, 288, dtype=torch.float64)
+    moment, numerator = rows.transpose(1, 2) @ rows / 600, torch.randn(4, 32, 288, dtype=torch.float64)
+    try:
+        torch.set_num_threads(threads)
+        found = divided(numerator, moment)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found @ moment, numerator, rtol=1e-8, atol=1e-8)
+
+
+def test_division_by_a_singular_moment_is_the_pseudo_inverse():
+    torch.manual_seed(0)
+    rows = torch.randn(2, 5, 9, dtype=torch.float64)
+    moment, numerator = rows.transpose(1, 2) @ rows, torch.randn(2, 3, 5, dtype=torch.float64) @ rows
+    moment[1] += torch.eye(9, dtype=torch.float64)
+    found = divided(numerator, moment)
+    torch.testing.assert_close(found @ moment, numerator)
+    torch.testing.assert_close(found, numerator @ torch.linalg.pinv(moment))
