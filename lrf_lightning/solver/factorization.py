@@ -192,9 +192,9 @@ def divided(
     """
     lower, failed = torch.linalg.cholesky_ex(moment)
     if bool(failed.any()):
-        return numerator @ torch.linalg.pinv(moment, hermitian=True)
-    solved: Tensor = torch.cholesky_solve(numerator.transpose(1, 2), lower)
-    return solved.transpose(1, 2)
+        inverse: Tensor = torch.linalg.pinv(moment, hermitian=True)
+        return numerator @ inverse
+    return torch.cholesky_solve(numerator.transpose(1, 2), lower).transpose(1, 2)
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
