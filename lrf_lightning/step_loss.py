@@ -251,11 +251,14 @@ def _output(record: StepRecord, loss: Tensor, size: int) -> StepOutput:
             if loss.requires_grad and not call.input.requires_grad:
                 continue
             losses = call.per_sample(size)
+            if losses is None:
+                continue
             # of a loss that is not finite as many figures are given as of the others, so that they stay pairs
-            if losses is not None and (agrees(losses, loss) or not torch.isfinite(loss)):
+            broken = not torch.isfinite(loss) and not torch.isfinite(losses).all()
+            if broken or agrees(losses, loss):
                 logits = call.logits(size)
                 target = None if logits is None else call.target
-                terms = call.terms(size) if torch.isfinite(loss) else None
+                terms = None if broken else call.terms(size)
                 return StepOutput(losses, call.correct(size), logits, target, terms)
     scores = [score for call in record.calls if (score := call.correct(size)) is not None]
     return StepOutput(loss, scores[0] if len(scores) == 1 else None)

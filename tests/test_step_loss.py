@@ -133,6 +133,23 @@ class TestSources:
             torch.testing.assert_close(output.terms.values, rows / 5)
             torch.testing.assert_close(output.loss, output.terms.per_sample)
 
+    def test_a_loss_that_is_not_finite_keeps_its_samples(self, batch):
+        class Scaled(Classifier):
+            scale, factor = 1.0, 1.0
+
+            def validation_step(self, batch, batch_idx):
+                return functional.cross_entropy(self.scale * self.net(batch[0]), batch[1]) * self.factor
+
+        module = Scaled()
+        loss = StepLoss()
+        assert loss(module, batch).loss.shape == (8,)
+        module.scale = torch.nan
+        found = loss(module, batch).loss
+        assert found.shape == (8,)
+        assert not found.isfinite().any()
+        module.scale, module.factor = 1.0, torch.inf
+        assert not loss(module, batch).loss.isfinite(), "the loss itself is broken, not what it is made of"
+
     def test_decided_once_for_all_batches(self, batch):
         class Changes(Classifier):
             calls = 0
