@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,8 +175,10 @@ class ExplainedLoss:
         try:
             with LossCalls() as watch:
                 output = self.loss(model, batch)
-        except Exception:  # code that is compiled further down may not bear being watched
-            self._plain = True
+        except Exception as error:
+            if not _was_compiling(error):
+                raise
+            self._plain = True  # code that is compiled further down may not bear being watched
             return self.loss(model, batch)
         plain = output if isinstance(output, StepOutput) else StepOutput(output)
         if isinstance(plain.loss, Tensor) and plain.terms is None:
@@ -205,6 +209,11 @@ def _terms(calls: Iterable[LossCall], loss: Tensor, size: int) -> LossTerms | No
         ):
             return terms
     return None
+
+
+def _was_compiling(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("torch/_dynamo" in Path(frame.filename).as_posix() for frame in frames)
 
 
 def _is_compiled(code: Any) -> bool:

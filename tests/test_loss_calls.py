@@ -236,6 +236,27 @@ class TestExplainedLoss:
 
         torch.testing.assert_close(ExplainedLoss(loss)(nn.Identity(), self.TOKENS), self.rows().mean(1))
 
+    def test_a_loss_that_fails_is_not_tried_again(self):
+        calls = []
+
+        def loss(model, batch):
+            calls.append(batch)
+            raise ArithmeticError
+
+        with pytest.raises(ArithmeticError):
+            ExplainedLoss(loss)(nn.Identity(), self.TOKENS)
+        assert len(calls) == 1
+
+    def test_compiled_code_further_down_that_fails_is_called_without_a_watch(self):
+        def backend(graph, inputs):
+            if torch.overrides._get_current_function_mode_stack():
+                raise RuntimeError("watched")
+            return graph
+
+        inner = torch.compile(lambda x: x.sin().sum(), backend=backend)
+        explained = ExplainedLoss(lambda model, batch: inner(batch.float()))
+        torch.testing.assert_close(explained(nn.Identity(), self.TOKENS), self.TOKENS.float().sin().sum())
+
     def test_compiled_models_and_losses_are_not_watched(self):
         def loss(model, batch):
             assert not torch.overrides._get_current_function_mode_stack()
