@@ -52,10 +52,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     datamodule: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
     untested = _missing_for_test(model, datamodule)
-    metrics_wanted = [cfg.optimized_metric] if isinstance(cfg.optimized_metric, str) else cfg.optimized_metric or []
-    wanted = [name for name in metrics_wanted if "test" in name.split("/")]
-    if wanted and (untested or not cfg.test):
-        raise ValueError(f"optimized_metric={wanted[0]} is a figure of the test, but {untested or 'test=false'}")
+    _check_objective(cfg, untested)
     callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
     loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
@@ -171,6 +168,14 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"{missing} is missing; what it means is said in conf/recipe/{cfg.task_name}.yaml")
     if not cfg.train and not cfg.pretrained and cfg.ckpt_path is None:
         raise ValueError("train=false needs a trained model; add ckpt_path=PATH of a checkpoint")
+
+
+def _check_objective(cfg: DictConfig, untested: str) -> None:
+    """Find that a sweeper's figure would come from a test that there is not."""
+    names = [cfg.optimized_metric] if isinstance(cfg.optimized_metric, str) else cfg.optimized_metric or []
+    for name in names:
+        if "test" in name.split("/") and (untested or not cfg.test):
+            raise ValueError(f"optimized_metric={name} is a figure of the test, but {untested or 'test=false'}")
 
 
 def _missing_for_test(model: LightningModule, datamodule: LightningDataModule) -> str:

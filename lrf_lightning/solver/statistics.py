@@ -6,9 +6,9 @@ For a layer with input rows x and output-gradient rows g the pass collects::
 
 over a random subset of the rows (tokens, spatial positions) of every sample. The gradient is that of the per-sample
 loss, or, where a sample's loss is a mean over tokens or pixels, that of its terms with random signs, so that g g' has
-the mean of the terms' own products. Products are taken in float32 on rows that
-are scaled to size 1, sums in float64. Only the diagonal is kept of the inputs of an embedding, which are one-hot, and
-of a side beyond :data:`~lrf_lightning.solver.factorization.LARGEST_SIDE`, such as the vocabulary of a language model.
+the mean of the terms' own products. Products are taken in float32 on rows that are scaled to size 1, sums in float64.
+Only the diagonal is kept of the inputs of an embedding, which are one-hot, and of a side beyond
+:data:`~lrf_lightning.solver.factorization.LARGEST_SIDE`, such as the vocabulary of a language model.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def test_pickled_objects_need_trust():
     assert_same_weights(load_module(f"{__name__}.Pickled", path, trusted=True), trained)
 
 
-def config(composed, path, data):
+def config(composed, path, data, *more):
     return composed(
         "recipe=finetuned",
         f"ckpt_path={path}",
@@ -133,6 +133,7 @@ def config(composed, path, data):
         "trainer.accelerator=cpu",
         "+trainer.enable_progress_bar=false",
         "logger=csv",
+        *more,
     )
 
 
@@ -142,6 +143,14 @@ def test_data_without_a_test_split_is_compressed_and_not_tested(composed, capsys
     assert objects["result"].ranks
     assert "compress/test/loss" not in metrics
     assert "Nothing is tested: Untested has no test_dataloader" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("data", "extra"), [("Untested", []), ("Points", ["test=false"])])
+def test_a_sweep_for_a_figure_of_no_test_is_refused(composed, data, extra):
+    path = checkpoint(Module(40), Untested())
+    cfg = config(composed, path, f"{__name__}.{data}", "optimized_metric=compress/test/loss", *extra)
+    with pytest.raises(ValueError, match=r"optimized_metric=compress/test/loss is a figure of the test, but"):
+        application.train(cfg)
 
 
 def test_nothing_is_trained(composed):
