@@ -223,17 +223,49 @@ def _size_table(rows: Rows) -> list[str]:
     unit = "points" if _in_points(rows) else "units"
     lines = [
         f"At equal size: change of the loss / of the {_score_name(rows)} in {unit} on the verification split, means "
-        "over the seeds, and how many of them are `better` or `not worse`.",
+        "over the seeds, and how many of them are `better` or `not worse`. The last columns are about this package: "
+        "the same changes on the test split, operations of the model, and times as fast as the original in eager mode.",
         "",
-        f"| kept of the layers | parameters of the model | {' | '.join(NAMES.get(name, name) for name in CURVES)} |",
-        "|---" * (len(CURVES) + 2) + "|",
+        f"| kept of the layers | parameters of the model | {' | '.join(NAMES.get(name, name) for name in CURVES)} "
+        "| test loss / score | FLOPs of the model | batch 1 | large batch |",
+        "|---" * (len(CURVES) + 6) + "|",
     ]
     for budget in budgets:
         cells = [[row for row in rows if row["method"] == method and row["keep"] == budget] for method in CURVES]
         ours = cells[list(CURVES).index("frontier")]
         params = _mean([float(row["params_model_after"]) for row in ours])
-        lines.append(f"| {budget} | {params:,.0f} | {' | '.join(map(_mean_cell, cells))} |")
+        more = [_mean_test(ours), *_mean_cells(ours)]
+        lines.append(f"| {budget} | {params:,.0f} | {' | '.join([*map(_mean_cell, cells), *more])} |")
     return [*lines, ""]
+
+
+def _mean_test(rows: Rows) -> str:
+    """Mean changes of the loss and of the score on the test split, where that was seen."""
+    factor = 100.0 if _is_share(_test_score_name(rows)) else 1.0
+    means = [_mean_change(_with(rows, f"test_{kind}"), f"test_{kind}") for kind in ("loss", "score")]
+    if math.isnan(means[0]):
+        return "-"
+    return f"{means[0]:+.4f}" + ("" if math.isnan(means[1]) else f" / {factor * means[1]:+.2f}")
+
+
+def _mean_change(rows: Rows, name: str) -> float:
+    return _mean([float(row[name]) - float(row[f"{name}_dense"]) for row in rows])
+
+
+def _mean_cells(rows: Rows) -> list[str]:
+    flops = [
+        float(row["flops_model_after"]) / float(row["flops_model_before"]) for row in _with(rows, "flops_model_after")
+    ]
+    cells = [f"{100 * _mean(flops):.0f} %" if flops else "-"]
+    for size in ("1", "large"):
+        name = f"speedup/eager_batch_{size}"
+        ratios = [math.log(float(row[name])) for row in _with(rows, name)]
+        cells.append(f"{math.exp(_mean(ratios)):.2f}" if ratios else "-")
+    return cells
+
+
+def _with(rows: Rows, name: str) -> Rows:
+    return [row for row in rows if row[name]]
 
 
 def _mean_cell(rows: Rows) -> str:

@@ -74,7 +74,7 @@ class CompressionResult(Solution):
             params_model=(self.params_model[0], point.params_model),
             params_layers=(self.params_layers[0], point.params_layers),
             flops_layers=(self.flops_layers[0], point.flops_layers),
-            speed=None,
+            speed=point.speed,
             latency_layers=latency and (latency[0], latency[0] * point.keep),
             changes=[],
             message=f"Taken from the frontier at {point.keep:.4f} of the {self.settings.cost}.",

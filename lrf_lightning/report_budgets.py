@@ -12,6 +12,7 @@ from lrf_lightning.report_cells import (
     loss_places,
     new_table,
     optional,
+    optional_ratio,
     percent,
     unsigned,
 )
@@ -35,6 +36,9 @@ def budgets_table(result: Solution, *, wide: bool) -> Table:
     for heading in (*headings, "verified\nchange", "upper\nbound"):
         table.add_column(Text(heading), justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
+    timed = wide and any(row["speedup_batch_large"] is not None for row in rows)
+    for size in ("large", "1") if timed else ():
+        table.add_column(Text(f"x as fast,\nbatch {_batch(result, size)}"), justify="right", no_wrap=True)
     digits, score_digits = loss_places(result), decimal_places(result.settings.score_margin)
     for row in rows:
         score = [optional(row["score_change"], score_digits)] if scored else []
@@ -49,8 +53,14 @@ def budgets_table(result: Solution, *, wide: bool) -> Table:
             optional(row["verification_loss_change"], digits),
             optional(row["verification_loss_upper"], digits),
             row["verdict"] or "original",
+            *([optional_ratio(row[f"speedup_batch_{size}"]) for size in ("large", "1")] if timed else []),
         )
     return table
+
+
+def _batch(result: Solution, size: str) -> int:
+    batches = [timing.batch for point in result.frontier if point.speed for timing in point.speed.timings]
+    return 1 if size == "1" else max(batches)
 
 
 def budget_notes(result: Solution) -> list[str]:

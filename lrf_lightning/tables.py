@@ -16,6 +16,7 @@ from typing import Any
 
 from lrf_lightning.solver.pareto import original_on_front
 from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, Solution
+from lrf_lightning.solver.speed_result import Speed
 
 __all__ = [
     "Row",
@@ -61,6 +62,7 @@ def frontier_rows(result: Solution) -> list[Row]:
     """The original, and below it one row per measured point from the largest to the smallest.
 
     Loss and score are those of the selection split; the columns that start with ``verification`` are of the other one.
+    Speed-ups are medians of paired ratios of eager PyTorch, dense over compressed, with their 95 % bounds.
     """
     original = FrontierPoint(
         keep=1.0,
@@ -85,6 +87,7 @@ def frontier_rows(result: Solution) -> list[Row]:
 def _frontier_row(result: Solution, point: FrontierPoint) -> Row:
     certificate = point.certificate
     score = None if certificate is None else certificate.score_change
+    flops = None if point.speed is None else point.speed.flops
     return {
         "budget": point.budget,
         "cost_kept": point.keep,
@@ -111,7 +114,22 @@ def _frontier_row(result: Solution, point: FrontierPoint) -> Row:
         "verification_score_change": None if score is None else score.mean,
         "verification_score_lower": None if score is None else score.lower,
         "verdict": None if certificate is None else certificate.verdict,
+        "flops_model_kept": None if flops is None else share(flops[1], flops[0]),
+        **_speedups(point.speed),
     }
+
+
+def _speedups(speed: Speed | None) -> Row:
+    """Times as fast as the original in eager PyTorch, at a single sample and at the largest batch."""
+    found: Row = {}
+    for size in ("large", "1"):
+        timings = [] if speed is None else speed.timings
+        fitting = (t for t in timings if t.runtime == "eager" and (t.batch == 1) == (size == "1"))
+        timing = next(fitting, None)
+        found[f"speedup_batch_{size}"] = None if timing is None else timing.speedup
+        found[f"speedup_batch_{size}_lower"] = None if timing is None else timing.lower
+        found[f"speedup_batch_{size}_upper"] = None if timing is None else timing.upper
+    return found
 
 
 def rank_rows(result: Solution) -> list[Row]:

@@ -17,7 +17,7 @@ picture ``compress/pictures/frontier``      loss and score over the parameters k
 chart ``compress/charts/frontier_loss``     scatter of the measured points with units on its axes, which W&B draws for
                                             all selected runs together; likewise ``frontier_score`` and
                                             ``predicted_vs_measured``
-history ``compress/frontier_point/...``     ``loss``, ``loss_change``, ``score``, ``score_change`` over the step metric
+history ``compress/frontier_point/...``     losses, scores, their changes and speed-ups over the step metric
                                             ``params_model_kept`` beside them (share of the whole model): the frontiers
                                             of several runs as lines in one chart
 artifact ``compressed-<run id>``            type ``model``: the saved model with tables and pictures
@@ -65,7 +65,9 @@ __all__ = ["Media", "log_to_wandb"]
 
 # a table is a file that a browser loads: 64 ranks on a logarithmic scale draw any curve
 MOST_RANKS = 64
-FRONTIER_VALUES = ("params_model_kept", "loss", "loss_change", "score", "score_change")
+FRONTIER_VALUES = (
+    "params_model_kept", "loss", "loss_change", "score", "score_change", "speedup_batch_large", "speedup_batch_1",
+)  # fmt: skip
 
 
 KEPT, CHANGE = "parameters kept (% of the whole model)", "change of the {} (compressed - original)"

@@ -118,7 +118,7 @@ class LowRankCompression(Callback):
         score_margin: fall of the score that counts as not worse.
         confidence: one-sided confidence of the verdict, in (0.5, 1).
         speed: how both models are timed for the report, ``none``, ``eager`` or ``compile``.
-        points: number of shares of the cost that are measured.
+        points: number of shares of the cost that ``compact`` and ``lossless`` measure.
         refinements: bisection steps between them.
         prediction: what the allocation trusts, the change of the ``loss`` or the lost ``energy`` of the weights.
         probes: whether the perturbation range is found by measuring a few truncations.

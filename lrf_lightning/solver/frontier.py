@@ -36,6 +36,8 @@ LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
 # selection samples. With 1.6 of them MiniLM on 300 texts took gains that were losses on 3,000 others
 PROOF = 3.0
 FEWEST_PAIRS = 10  # fewer have errors that say little
+# margins by which the loss exceeds the original's, surely, where smaller models are not measured any more
+HOPELESS = 10.0
 
 
 @dataclass(frozen=True)
@@ -231,13 +233,23 @@ class Frontier:
         return copies
 
     def walk(self) -> list[FrontierPoint]:
-        """Measure ``settings.points`` shares from 0.9 to 0.1 of the cost, equally spaced on a logarithmic scale."""
+        """Measure ``settings.points`` shares from 0.9 to 0.1 of the cost, equally spaced on a logarithmic scale.
+
+        As many are measured together as fit into memory. The walk ends with those among which the loss is hopeless.
+        """
         lowest, count = min(self.lowest * 1.01, 1.0), self.work.settings.points
         first = max(LARGEST_SHARE, (1 + lowest) / 2)
         last = max(SMALLEST_SHARE, lowest)
         shares = [first * (last / first) ** (i / (count - 1)) for i in range(count)]
-        self.measure_shares(shares)
+        together = self.work.copies_at_once(self.work.layers)
+        while shares and not any(self._is_hopeless(point) for point in self.points):
+            now, shares = shares[:together], shares[together:]
+            self.measure_shares(now)
         return self.points
+
+    def _is_hopeless(self, point: FrontierPoint) -> bool:
+        margin = HOPELESS * _loss_margin(self)
+        return math.isfinite(point.loss_change) and point.loss_change - PROOF * point.loss_change_error > margin
 
     def measure_shares(
         self, shares: Iterable[float], then: Callable[[FrontierPoint, nn.Module], None] = lambda *_: None
@@ -252,17 +264,17 @@ class Frontier:
         with self.work.stage("frontier", len({ranks_key(ranks) for group in rivals for ranks in group})) as advance:
             return self._best_of(rivals, then, advance)
 
-    def refine(self, chosen: FrontierPoint, accept: Callable[[FrontierPoint], bool]) -> FrontierPoint:
-        """Bisect between a point and the next smaller one for a smaller point that is accepted."""
-        smaller = [point.keep for point in self.points if point.keep < chosen.keep]
-        low = max(smaller, default=None)
+    def refine(self, chosen: FrontierPoint | None, accept: Callable[[FrontierPoint], bool]) -> FrontierPoint | None:
+        """Bisect between a point, None for the dense model, and the next smaller one for one that is accepted."""
+        high = 1.0 if chosen is None else chosen.keep
+        low = max((point.keep for point in self.points if point.keep < high), default=None)
         for _ in range(self.work.settings.refinements if low is not None else 0):
             assert low is not None
-            trial = self.at(math.sqrt(low * chosen.keep))
-            if not low < trial.keep < chosen.keep:
+            trial = self.at(math.sqrt(low * high))
+            if not low < trial.keep < high:
                 break
             if accept(trial):
-                chosen = trial
+                chosen, high = trial, trial.keep
             else:
                 low = trial.keep
         return chosen
@@ -304,7 +316,7 @@ def choose_compact(frontier: Frontier, dense_params: int) -> FrontierPoint | Non
         return _qualifies(frontier, point, dense_params)
 
     qualified = [point for point in frontier.walk() if accept(point)]
-    return frontier.refine(qualified[-1], accept) if qualified else None
+    return frontier.refine(qualified[-1] if qualified else None, accept)
 
 
 def choose_lossless(frontier: Frontier, dense_params: int) -> FrontierPoint | None:
@@ -321,7 +333,7 @@ def choose_lossless(frontier: Frontier, dense_params: int) -> FrontierPoint | No
         return _qualifies(frontier, point, dense_params, reference)
 
     qualified = [point for point in points if accept(point)]
-    return frontier.refine(qualified[-1], accept) if qualified else None
+    return frontier.refine(qualified[-1] if qualified else None, accept)
 
 
 def choose_among(frontier: Frontier, points: Sequence[FrontierPoint], dense_params: int) -> FrontierPoint | None:
@@ -342,10 +354,7 @@ def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, refe
     settings = frontier.work.settings
     if not point.ranks or point.params_model >= dense_params or not math.isfinite(point.loss_change):
         return False
-    outcome = frontier.outcome(point)
-    margin = settings.loss_margin
-    if margin is None:
-        margin = default_loss_margin(frontier.dense.measurement().loss)
+    outcome, margin = frontier.outcome(point), _loss_margin(frontier)
     # the reference was found by looking for the lowest loss: its distance to the dense model is uncertain as well
     doubt = _paired_error(reference.losses - frontier.dense.losses, outcome.weights)
     error = max(_paired_error(outcome.losses - reference.losses, outcome.weights), doubt)
@@ -356,6 +365,11 @@ def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, refe
         return True
     room = _room(settings, point.score_change_error, settings.score_margin, inside_margin=inside_margin)
     return point.score_change >= -settings.score_tolerance - room - 1e-12
+
+
+def _loss_margin(frontier: Frontier) -> float:
+    margin = frontier.work.settings.loss_margin
+    return default_loss_margin(frontier.dense.measurement().loss) if margin is None else margin
 
 
 def _room(settings: Settings, error: float, margin: float, *, inside_margin: bool) -> float:

@@ -28,6 +28,7 @@ from lrf_lightning.solver.point_models import PointModels
 from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, Solution
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.speed import measure_speed
+from lrf_lightning.solver.speed_result import Speed
 from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Progress, Workspace
 from lrf_lightning.surgery import Candidate, Skipped, find_layers, is_matrix, prepare, settle
@@ -274,13 +275,14 @@ def _solution(
     settle(compressed)
     with work.stage("speed", 0):
         speed = measure_speed(work, compressed, ranks)
+    points = _timed(work, choice, speed)
     layers = _layer_results(work, ranks)
     work.seconds["total"] = time.perf_counter() - started
     return Solution(
         model=compressed,
         ranks=ranks,
         layers=layers,
-        frontier=choice.points,
+        frontier=points,
         dense=dense.measurement(),
         certificate=certificate,
         settings=work.settings,
@@ -295,6 +297,23 @@ def _solution(
         speed=speed,
         point_models=choice.models,
     )
+
+
+def _timed(work: Workspace, choice: _Choice, speed: Speed | None) -> list[FrontierPoint]:
+    """The points, with the speed of their models where those are kept; ``speed`` is that of the chosen one."""
+    if choice.models is None or work.settings.speed == "none":
+        return choice.points
+    timed = []
+    with work.stage("speed", len(choice.points)) as advance:
+        for point in choice.points:
+            found = speed
+            if not point.chosen:
+                model = choice.models.build(point.ranks)
+                settle(model)
+                found = measure_speed(work, model, point.ranks, one_of=len(choice.points))
+            timed.append(dataclasses.replace(point, speed=found))
+            advance()
+    return timed
 
 
 def _layer_results(work: Workspace, ranks: dict[str, int]) -> list[LayerResult]:

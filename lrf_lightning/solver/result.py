@@ -159,6 +159,7 @@ class FrontierPoint:
             in one of them.
         knee: whether this is where the front bends most; see :func:`lrf_lightning.solver.pareto.knee`.
         certificate: the verdict on the verification split, None unless all points were tested there.
+        speed: speed and size beside the original's, None unless all points were timed.
     """
 
     keep: float
@@ -180,6 +181,7 @@ class FrontierPoint:
     pareto: bool = False
     knee: bool = False
     certificate: Certificate | None = None
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,13 @@ class Settings:
             larger of 2 % of the original's loss and 0.005.
         score_margin: fall of the score that counts as not worse in the verdict, absolute.
         confidence: one-sided confidence of the verdict's bounds, in (0.5, 1).
-        points: number of shares of the cost that are measured for the frontier, at least 2.
-        refinements: bisection steps that ``compact`` and ``lossless`` add between frontier points.
+        points: number of shares of the cost that ``compact`` and ``lossless`` measure, at least 2. Of a model that is
+            so large that its shares are measured one after the other, those below a hopeless loss are left out.
+        refinements: bisection steps that ``compact`` and ``lossless`` add between frontier points, or between the
+            original and the first of them if none is accepted.
         speed: how both models are timed for the report, at the size of a verification batch and at one sample, each for
             a second or two: ``eager``, ``compile`` (with ``torch.compile`` as well, which takes its time) or ``none``.
+            All points of ``frontier`` are timed, those that are not chosen with ``eager`` only.
         prediction: what the allocation trusts, ``loss`` (first-order change and curvature of the model's loss) or
             ``energy`` (the share of the weight's squared norm that is lost, as plain and whitened SVD do).
         probes: whether the perturbation range is found by measuring a few truncations, with ``prediction="loss"``.

@@ -47,26 +47,27 @@ SLOWER = 1.02  # ratio of times from which a layer is called slower
 WEIGHTS_SHARE = 0.9  # of all weights that the part holds which is called instead of the whole
 
 
-def measure_speed(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int]) -> Speed | None:
+def measure_speed(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int], *, one_of: int = 1) -> Speed | None:
     """Speed and size of the compressed model beside the original; a failure is a warning.
 
     Args:
         work: the dense model, the data and the settings.
         compressed: the compressed model, settled.
         ranks: ranks of its layers.
+        one_of: number of compressed models that share the time; of several none is compiled.
     """
     if work.settings.speed == "none" or not ranks:
         return None
     try:
         with work.processes.together("the measurement of speed"):
-            found = _measured(work, compressed, ranks)
+            found = _measured(work, compressed, ranks, one_of)
         return work.processes.of_first(found)
     except Exception as error:  # user code, compilers; the result does not depend on it
         warnings.warn(f"The speed was not measured ({type(error).__name__}: {error})", stacklevel=2)
         return None
 
 
-def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int]) -> Speed | None:
+def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int], one_of: int) -> Speed | None:
     batch = next(iter(work.splits["verification"]), None)
     if batch is None:  # this process has none
         return None
@@ -75,7 +76,7 @@ def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int]) 
     models = (dense, compressed)
     with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():
         calls = [_Call.seen(model, work, batch) for model in models]
-        timings, problems = _timings(work, calls)
+        timings, problems = _timings(work, calls, one_of)
         largest = [call.resized(timings[0].batch if timings else call.size) for call in calls]
         flops = _tolerated(problems, "count operations", lambda: _pair(_flops, largest))
         peak = _tolerated(problems, "measure memory", lambda: _pair(_peak_memory, largest))
@@ -182,12 +183,12 @@ def _whole_parts(model: nn.Module) -> list[nn.Module]:
     return [model, *children]
 
 
-def _timings(work: Workspace, calls: list[_Call]) -> tuple[list[Timing], list[str]]:
+def _timings(work: Workspace, calls: list[_Call], one_of: int) -> tuple[list[Timing], list[str]]:
     """For every runtime the largest affordable batch, then a single sample."""
-    runtimes: list[Runtime] = ["eager", "compile"] if work.settings.speed == "compile" else ["eager"]
+    runtimes: list[Runtime] = ["eager", "compile"] if work.settings.speed == "compile" and one_of == 1 else ["eager"]
     timings: list[Timing] = []
     problems: list[str] = []
-    large = _affordable(work, calls)
+    large = _affordable(work, calls, SOLVE_SHARE / one_of)
     for runtime in runtimes:
         for size in dict.fromkeys((large, 1)):
             what = f"time {runtime} at batch {size}"
@@ -196,10 +197,10 @@ def _timings(work: Workspace, calls: list[_Call]) -> tuple[list[Timing], list[st
     return timings, problems
 
 
-def _affordable(work: Workspace, calls: list[_Call]) -> int:
-    """The largest number of samples at which a call of the dense model takes no longer than it may."""
+def _affordable(work: Workspace, calls: list[_Call], share: float) -> int:
+    """The largest number of samples at which a call of the dense model takes no longer than a share of the solve."""
     size, (shortest, longest) = calls[0].size, CALL_SECONDS
-    limit = min(max(SOLVE_SHARE * sum(work.seconds.values()), shortest), longest)
+    limit = min(max(share * sum(work.seconds.values()), shortest), longest)
     for _ in range(3 if work.processes.size == 1 else 0):
         call = calls[0].resized(size)
         call.seconds()

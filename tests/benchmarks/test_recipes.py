@@ -39,6 +39,9 @@ def test_rows_of_ours(rows):
     assert lossless["training_processor_seconds"] > 0
     assert set(lossless) <= set(FIELDS)
     assert [row["keep"] for row in rows["frontier"]] == ["0.6", "0.3"]
+    for row in rows["frontier"]:
+        assert float(row["speedup/eager_batch_large"]) > 0
+        assert float(row["test_loss"]) > 0
 
 
 def test_a_baseline_is_measured_at_the_sizes_of_ours(rows):
