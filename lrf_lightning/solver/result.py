@@ -181,7 +181,7 @@ class FrontierPoint:
     pareto: bool = False
     knee: bool = False
     certificate: Certificate | None = None
-    speed: Speed | None = None
+    speed: Speed | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,22 @@
 
 import copy
 import dataclasses
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from small_modules import QUICK, clouds, loader, network
 from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import StepOutput, compress, load_compressed
+from lrf_lightning.report_budgets import budgets_table
+from lrf_lightning.solver import joint
+from lrf_lightning.solver.speed import measure_speed
 from lrf_lightning.solver.workspace import Workspace
 from lrf_lightning.structure_hook import register_structure_hook
+from lrf_lightning.tables import frontier_rows
 
 BUDGETS = (0.6, 0.5, 0.3, 0.25)
 
@@ -76,6 +82,32 @@ def test_how_many_are_fitted_at_a_time_does_not_matter(trained, result, count, m
     few = squeeze(trained)
     assert few.frontier == result.frontier
     assert all(same_models(few.at(budget).model, result.at(budget).model) for budget in BUDGETS)
+
+
+def test_every_point_is_timed(trained, monkeypatch):
+    timed = []
+    monkeypatch.setattr(
+        joint, "measure_speed", lambda *args, **options: timed.append(options) or measure_speed(*args, **options)
+    )
+    found = squeeze(trained, speed="eager", tolerance=10.0, score_tolerance=1.0)
+    assert timed == [{}, *[{"one_of": len(BUDGETS)}] * (len(BUDGETS) - 1)]
+    assert found.frontier[-1].speed is found.speed, "the chosen model is not timed twice"
+    for point in found.frontier:
+        assert {timing.batch for timing in point.speed.timings} == {1, 16}
+        before, after = point.speed.flops
+        assert after < before
+        assert found.at(point.keep).speed is point.speed
+    sizes = [point.speed.bytes_on_disk[1] for point in found.frontier]
+    assert sizes == sorted(set(sizes), reverse=True), "each point has a speed of its own model"
+    rows = frontier_rows(found)
+    assert rows[0]["speedup_batch_large"] is None
+    for row in rows[1:]:
+        assert row["speedup_batch_1_lower"] <= row["speedup_batch_1"] <= row["speedup_batch_1_upper"]
+        assert 0 < row["flops_model_kept"] < 1
+    output = StringIO()
+    Console(file=output, width=200).print(budgets_table(found, wide=True))
+    assert "x as fast, " in output.getvalue()
+    assert f"{rows[-1]['speedup_batch_large']:.2f}" in output.getvalue()
 
 
 def test_little_memory_is_enough(trained):

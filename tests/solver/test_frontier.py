@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import Settings, StepOutput, compress
+from lrf_lightning.solver import frontier as frontier_module
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.frontier import Frontier, _room
 from lrf_lightning.solver.joint import calibrated
@@ -168,6 +169,40 @@ def test_every_best_model_is_told_once_and_no_other():
     assert len(frontier.measured) > len(frontier.points) == 2
     for ranks, model in told:
         assert {name: model.get_submodule(name).rank for name in ranks} == ranks
+
+
+@pytest.mark.parametrize("objective", ["compact", "lossless"])
+def test_a_small_saving_is_found_where_the_first_share_saves_too_much(objective, monkeypatch):
+    def saved(accepted):
+        monkeypatch.setattr(frontier_module, "_qualifies", lambda frontier, point, *others: accepted(point))
+        options = {"objective": objective, "points": 2, "speed": "none"}
+        found = compress(trained(), per_sample, split(1), split(2), split(3), **options)
+        return found, 1 - found.params_layers[1] / found.params_layers[0]
+
+    found, share = saved(lambda point: point.keep > 0.92)
+    assert 0.05 < share < 0.08
+    assert max(point.keep for point in found.frontier if not point.chosen) < 0.92
+    found, share = saved(lambda point: False)
+    assert share == 0
+    assert found.certificate.verdict == "unchanged"
+    assert len(found.frontier) > 2, "it was looked for"
+
+
+def test_the_walk_of_a_large_model_ends_where_the_loss_is_hopeless(monkeypatch):
+    def walked(together, margin):
+        frontier = frontier_with({}, loss_margin=margin)
+        monkeypatch.setattr(type(frontier.work), "copies_at_once", lambda self, layers: together)
+        return frontier.walk()
+
+    every = walked(8, 0.002)
+    assert len(every) == 8, "what is measured together is measured"
+    few = walked(2, 0.002)
+    assert few == every[: len(few)]
+    hopeless = [point.loss_change - 3 * point.loss_change_error > 0.02 for point in few]
+    assert not any(hopeless[:-2])
+    assert any(hopeless[-2:])
+    assert len(few) < 8
+    assert len(walked(1, 10.0)) == 8, "with such a margin nothing is"
 
 
 @pytest.mark.parametrize(
