@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from lrf_lightning.callbacks.rank_monitor import RankMonitor
     from lrf_lightning.checkpoint import CheckpointError, load_compressed, read_metadata, restore_dense
     from lrf_lightning.export import ExportError, export_onnx, export_program
-    from lrf_lightning.solver.evaluation import LossTerms, StepOutput
+    from lrf_lightning.solver.evaluation import StepOutput
+    from lrf_lightning.solver.loss_terms import LossTerms
     from lrf_lightning.solver.settings import Settings
     from lrf_lightning.structure_hook import LowRankCheckpointMixin
 
@@ -44,7 +45,7 @@ _HOMES = {
     "CheckpointError": "lrf_lightning.checkpoint",
     "CompressionResult": "lrf_lightning.api",
     "ExportError": "lrf_lightning.export",
-    "LossTerms": "lrf_lightning.solver.evaluation",
+    "LossTerms": "lrf_lightning.solver.loss_terms",
     "LowRankCheckpointMixin": "lrf_lightning.structure_hook",
     "LowRankCompression": "lrf_lightning.callbacks.compression",
     "RankMonitor": "lrf_lightning.callbacks.rank_monitor",

@@ -11,8 +11,8 @@ A Lightning step returns one number for a batch. While it runs, :class:`LossCall
 Where some targets are ignored (padding, the last token of a text), the batch's mean is taken over the others, so a
 sample counts by its number of them: its loss is the sum over its rows, divided by the mean number per sample.
 
-Whether these are the loss is found by comparison: :func:`agrees` compares their mean with what the step returned, which
-fails, as it should, for class weights and losses that are a sum of several ones.
+Whether these are the loss is found by comparison: :func:`explanation` compares their mean with what the step returned,
+which fails, as it should, for class weights and losses that are a sum of several ones.
 
 :class:`ExplainedLoss` finds the terms of a user's own ``loss(model, batch)`` in the same way.
 """
@@ -20,7 +20,6 @@ fails, as it should, for class weights and losses that are a sum of several ones
 from __future__ import annotations
 
 import inspect
-import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -33,9 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lrf_lightning.solver.evaluation import LossFunction, LossTerms, StepOutput, batch_size
+from lrf_lightning.solver.evaluation import LossFunction, StepOutput, batch_size
+from lrf_lightning.solver.loss_terms import LossTerms
 
-__all__ = ["ExplainedLoss", "LossCall", "LossCalls", "agrees"]
+__all__ = ["ExplainedLoss", "LossCall", "LossCalls", "explanation"]
 
 WATCHED: frozenset[Callable[..., Any]] = frozenset(
     {functional.cross_entropy, functional.nll_loss, functional.binary_cross_entropy_with_logits, functional.mse_loss}
@@ -182,7 +182,9 @@ class ExplainedLoss:
             return self.loss(model, batch)
         plain = output if isinstance(output, StepOutput) else StepOutput(output)
         if isinstance(plain.loss, Tensor) and plain.terms is None:
-            terms = _terms(watch.calls, plain.loss, batch_size(batch))
+            size = batch_size(batch)
+            found = explanation(watch.calls, plain.loss, size)
+            terms = None if found is None or not torch.isfinite(plain.loss).all() else found[0].terms(size)
             if terms is not None:
                 self._found = True
                 return replace(plain, terms=terms)
@@ -190,24 +192,30 @@ class ExplainedLoss:
         return output
 
 
-def _terms(calls: Iterable[LossCall], loss: Tensor, size: int) -> LossTerms | None:
+def explanation(calls: Iterable[LossCall], loss: Tensor, size: int) -> tuple[LossCall, Tensor] | None:
+    """The first watched call that a loss comes from, and its losses per sample; None if there is none.
+
+    A loss that is not finite comes from a call that is not finite either, so that as many figures are given of it as of
+    others.
+
+    Args:
+        calls: watched calls.
+        loss: shape (batch,), or () for the mean.
+        size: samples in the batch.
+    """
     for call in calls:
         # the same value may be computed from detached logits, for a log
         if loss.requires_grad and not call.input.requires_grad:
             continue
         try:
-            losses, terms = call.per_sample(size), call.terms(size)
+            losses = call.per_sample(size)
         except Exception:  # what was called in a function transform or a compiled region cannot be called again
             continue
-        if losses is None or terms is None or not torch.isfinite(loss).all():
+        if losses is None or loss.shape not in ((), losses.shape):
             continue
-        eps = max(torch.finfo(value.dtype).eps for value in (loss, call.result))
-        if loss.dim() == 0 and agrees(losses, loss, eps):
-            return terms
-        if loss.shape == losses.shape and torch.allclose(
-            losses.detach().double(), loss.detach().double(), rtol=max(1e-4, 4 * eps), atol=1e-9
-        ):
-            return terms
+        broken = loss.dim() == 0 and not torch.isfinite(loss) and not torch.isfinite(losses).all()
+        if broken or _agrees(losses, loss, max(torch.finfo(value.dtype).eps for value in (loss, call.result))):
+            return call, losses
     return None
 
 
@@ -224,19 +232,18 @@ def _is_compiled(code: Any) -> bool:
     )
 
 
-def agrees(per_sample: Tensor, loss: Tensor, eps: float | None = None) -> bool:
-    """Whether the mean of per-sample losses is the loss, within 1e-4 or a few roundings; never for an infinite loss.
+def _agrees(per_sample: Tensor, loss: Tensor, eps: float) -> bool:
+    """Whether per-sample losses, or their mean, are the loss within 1e-4 or a few roundings; never if it is infinite.
 
     Args:
         per_sample: shape (batch,).
-        loss: shape ().
-        eps: relative rounding of what the loss was computed in; None for that of its dtype.
+        loss: shape (batch,) or ().
+        eps: relative rounding of what the loss was computed in.
     """
-    mean, value = float(per_sample.detach().double().mean()), float(loss.detach().double())
-    if not math.isfinite(value):
-        return False
-    relative = max(1e-4, 4 * (torch.finfo(loss.dtype).eps if eps is None else eps))
-    return abs(mean - value) <= relative * abs(value) + 1e-9
+    found, wanted = per_sample.detach().double(), loss.detach().double()
+    found = found if loss.dim() == 1 else found.mean()
+    close = torch.allclose(found, wanted, rtol=max(1e-4, 4 * eps), atol=1e-9)
+    return close and bool(torch.isfinite(wanted).all())
 
 
 def _rows_by_sample(rows: Tensor, size: int) -> Tensor | None:

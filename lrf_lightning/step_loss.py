@@ -38,7 +38,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
-from lrf_lightning.loss_calls import agrees
+from lrf_lightning.loss_calls import explanation
 from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode
 from lrf_lightning.step_record import StepRecord, run_step
 
@@ -245,21 +245,13 @@ def _required_loss(record: StepRecord, source: _Source) -> Tensor:
 
 def _output(record: StepRecord, loss: Tensor, size: int) -> StepOutput:
     """The loss per sample where a watched call explains it, else as it is; accuracy and logits where they are known."""
-    if loss.dim() == 0:
-        for call in record.calls:
-            # the same value may be computed from detached logits, for a log
-            if loss.requires_grad and not call.input.requires_grad:
-                continue
-            losses = call.per_sample(size)
-            if losses is None:
-                continue
-            # of a loss that is not finite as many figures are given as of the others, so that they stay pairs
-            broken = not torch.isfinite(loss) and not torch.isfinite(losses).all()
-            if broken or agrees(losses, loss):
-                logits = call.logits(size)
-                target = None if logits is None else call.target
-                terms = None if broken else call.terms(size)
-                return StepOutput(losses, call.correct(size), logits, target, terms)
+    found = explanation(record.calls, loss, size) if loss.dim() == 0 else None
+    if found is not None:
+        call, losses = found
+        logits = call.logits(size)
+        target = None if logits is None else call.target
+        terms = call.terms(size) if torch.isfinite(loss) else None
+        return StepOutput(losses, call.correct(size), logits, target, terms)
     scores = [score for call in record.calls if (score := call.correct(size)) is not None]
     return StepOutput(loss, scores[0] if len(scores) == 1 else None)
 

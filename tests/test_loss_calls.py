@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import LossTerms, StepOutput
-from lrf_lightning.loss_calls import ExplainedLoss, LossCalls, agrees
+from lrf_lightning.loss_calls import ExplainedLoss, LossCalls, explanation
 
 
 def watched(function):
@@ -40,7 +42,9 @@ class TestPerSample:
         result, call = single(loss)
         per_sample = call.per_sample(6)
         assert per_sample.shape == (6,)
-        assert agrees(per_sample, result)
+        assert explanation([call], result, 6)[0] is call
+        assert explanation([call], per_sample, 6)[0] is call
+        assert explanation([call], 1.01 * result, 6) is None
         torch.testing.assert_close(result, loss(), rtol=0, atol=0)
 
     def test_each_entry_is_the_loss_of_that_sample_alone(self, loss):
@@ -62,7 +66,7 @@ class TestRows:
         result, call = single(lambda: functional.cross_entropy(flat, tokens))
         expected = functional.cross_entropy(flat, tokens, reduction="none").reshape(2, 3).mean(1)
         torch.testing.assert_close(call.per_sample(2), expected)
-        assert agrees(call.per_sample(2), result)
+        assert explanation([call], result, 2)
         assert call.logits(2) is None, "logits of tokens are not kept"
         assert call.per_sample(4) is None, "6 rows fit no 4 samples"
         assert call.terms(4) is None
@@ -81,7 +85,7 @@ class TestRows:
                 for x, y in zip(logits, target, strict=True)]  # fmt: skip
         tokens = 3 + 1 + 5
         torch.testing.assert_close(call.per_sample(3), torch.stack(sums) / (tokens / 3))
-        assert agrees(call.per_sample(3), result)
+        assert explanation([call], result, 3)
         terms = call.terms(3)
         assert terms.count == tokens / 3
         torch.testing.assert_close(terms.per_sample, call.per_sample(3))
@@ -89,9 +93,12 @@ class TestRows:
         hits = (logits.argmax(2) == target) & (target != ignore_index)
         torch.testing.assert_close(call.correct(3), hits.sum(1) / (tokens / 3))
 
-    def test_a_batch_of_ignored_tokens_only_agrees_with_nothing(self):
+    def test_a_batch_of_ignored_tokens_only_has_no_finite_loss(self):
         result, call = single(lambda: functional.cross_entropy(LOGITS, torch.full((6,), -100)))
-        assert not agrees(call.per_sample(6), result)
+        _, losses = explanation([call], result, 6)
+        assert losses.isnan().all()
+        assert losses.shape == (6,)
+        assert explanation([call], torch.tensor(0.0), 6) is None
 
     def test_gradients_flow(self):
         logits = LOGITS.clone().requires_grad_()
@@ -103,7 +110,7 @@ class TestRows:
         logits = LOGITS.bfloat16()
         result, call = single(lambda: functional.cross_entropy(logits, TARGET))
         assert call.per_sample(6).dtype is torch.float32
-        assert agrees(call.per_sample(6), result)
+        assert explanation([call], result, 6)
 
 
 def test_of_many_calls_the_last_ones_are_kept():
@@ -119,18 +126,32 @@ class TestAgreement:
             lambda: functional.cross_entropy(LOGITS, TARGET, reduction="sum"),
         ):
             result, call = single(loss)
-            assert not agrees(call.per_sample(6), result)
+            assert explanation([call], result, 6) is None
 
     @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-    def test_an_infinite_loss_agrees_with_nothing(self, value):
-        assert not agrees(torch.ones(3), torch.tensor(value))
-        assert not agrees(torch.full((3,), value), torch.tensor(value))
+    def test_an_infinite_loss_comes_from_no_finite_call(self, value):
+        _, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))
+        assert explanation([call], torch.tensor(value), 6) is None
+        assert explanation([call], torch.full((6,), value), 6) is None
 
     def test_tolerance(self):
-        assert agrees(torch.tensor([1.0, 3.0]), torch.tensor(2.0001))
-        assert not agrees(torch.tensor([1.0, 3.0]), torch.tensor(2.001))
-        assert agrees(torch.tensor([1.0, 3.0]), torch.tensor(2.01, dtype=torch.bfloat16))
-        assert agrees(torch.zeros(2), torch.tensor(0.0))
+        result, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))
+        assert explanation([call], result * 1.00005, 6)
+        assert explanation([call], result * 1.0005, 6) is None
+        assert explanation([call], (result * 1.005).bfloat16(), 6), "so coarse is its own rounding"
+
+    def test_the_first_call_that_fits_is_taken(self):
+        _, other = single(lambda: functional.cross_entropy(-LOGITS, TARGET))
+        result, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))
+        assert explanation([other, call], result, 6)[0] is call
+
+    def test_a_call_that_cannot_be_made_again_explains_nothing(self):
+        result, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))
+
+        def refuse(*args, **options):
+            raise RuntimeError("outside of its transform")
+
+        assert explanation([replace(call, function=refuse)], result, 6) is None
 
 
 class TestScores:

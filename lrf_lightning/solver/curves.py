@@ -14,7 +14,7 @@ components are projected; the rest of the sum follows from the total g . (W x), 
 
 Where a sample's loss is a mean over T terms (tokens, pixels), its own derivative squared is not its curvature, but up
 to T times smaller. A second pass, back from the terms with random signs
-(:meth:`~lrf_lightning.solver.evaluation.LossTerms.scattered`), then gives the t_n(k) of the second sum.
+(:meth:`~lrf_lightning.solver.loss_terms.LossTerms.scattered`), then gives the t_n(k) of the second sum.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
+from lrf_lightning.solver.loss_terms import LossTerms
 from lrf_lightning.solver.result import Measurement
 
 __all__ = [
     "Batches",
     "LossFunction",
-    "LossTerms",
     "Outcome",
     "StepOutput",
     "batch_size",
@@ -34,71 +34,6 @@ __all__ = [
 ]
 
 Batches = Iterable[Any]
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """Parts of every sample's loss, such as those of its tokens or pixels.
-
-    Attributes:
-        values: shape (batch, t), differentiable; a row adds up to the sample's loss, and what does not count is 0.
-        count: number of terms that every sample's loss is a mean of, shape (batch,), or one number for all.
-    """
-
-    values: Tensor
-    count: Tensor | float
-
-    @classmethod
-    def of(cls, losses: Tensor, counts: Tensor | None = None, *, samples_alike: bool = False) -> LossTerms:
-        """Terms of losses per token, pixel or output.
-
-        Args:
-            losses: shape (batch, ...), differentiable.
-            counts: which of them count, of the same shape; None for all. The others are taken for 0.
-            samples_alike: whether the batch's loss is the mean over the samples of the means over their own terms.
-                Otherwise it is the mean over all terms, in which a sample counts by their number.
-
-        Raises:
-            ValueError: if the shapes differ, or nothing counts.
-        """
-        rows = losses.reshape(len(losses), -1)
-        if counts is None:
-            return cls(rows / rows.shape[1], rows.shape[1])
-        if counts.shape != losses.shape:
-            raise ValueError(
-                f"counts has shape {tuple(counts.shape)}, but losses {tuple(losses.shape)}; both must agree"
-            )
-        mask = counts.bool().reshape(len(rows), -1)
-        own = mask.sum(1)
-        if not bool(own.all() if samples_alike else own.any()):
-            raise ValueError("counts marks no term of a sample; leave such samples out, since they have no loss")
-        count: Tensor | float = own.to(rows) if samples_alike else float(own.sum()) / len(rows)
-        rows = rows.masked_fill(~mask, 0.0)
-        return cls(rows / (count[:, None] if isinstance(count, Tensor) else count), count)
-
-    @property
-    def per_sample(self) -> Tensor:
-        """The loss of every sample, shape (batch,)."""
-        return self.values.sum(1)
-
-    @property
-    def mean_count(self) -> float:
-        """The number of terms per sample."""
-        return float(torch.as_tensor(self.count, dtype=torch.float64).mean())
-
-    def scattered(self, generator: torch.Generator) -> Tensor:
-        """The terms of every sample added up with random signs, times the root of their number, shape (batch,).
-
-        A sample's loss is the mean over T negative log-likelihoods l_t. Its curvature along a direction is about the
-        mean over t of the squared derivative of l_t, which is the mean of the squared derivative of what is returned
-        here. The squared derivative of the sample's loss itself is up to T times smaller, because the gradients of its
-        terms, which hardly correlate, average out.
-
-        Args:
-            generator: of the signs, on the CPU.
-        """
-        signs = torch.randint(2, self.values.shape, generator=generator).to(self.values) * 2 - 1
-        return (self.values * signs).sum(1) * torch.as_tensor(self.count, device=signs.device).to(signs).sqrt()
 
 
 @dataclass(frozen=True)
@@ -209,24 +144,8 @@ def step(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> StepOut
                 f"allowed are () (the mean over the batch) and ({size},) (one entry per sample)"
             )
     if output.terms is not None:
-        _check_terms(output.loss, output.terms, size)
+        output.terms.check(output.loss, size)
     return output
-
-
-def _check_terms(loss: Tensor, terms: LossTerms, size: int) -> None:
-    if terms.values.dim() != 2 or len(terms.values) != size:
-        raise ValueError(
-            f"terms have the shape {tuple(terms.values.shape)} for a batch of {size} samples; allowed is ({size}, t). "
-            "See LossTerms.of"
-        )
-    wanted, found = loss.detach().double(), terms.per_sample.detach().double()
-    found = found if loss.dim() == 1 else found.mean()
-    relative = max(1e-2, 4 * torch.finfo(loss.dtype).eps)
-    if torch.isfinite(wanted).all() and not torch.allclose(found, wanted, rtol=relative, atol=1e-6):
-        raise ValueError(
-            f"terms add up to a mean loss of {float(found.mean()):.6g}, but the loss is {float(wanted.mean()):.6g}; "
-            "every row must add up to its sample's loss. See LossTerms.of"
-        )
 
 
 def batch_size(batch: Any) -> int:

@@ -393,7 +393,7 @@ def summed_loss(output: StepOutput, size: int, index: int) -> Tensor:
 def scattered_loss(seed: int) -> BackwardTarget:
     """What second moments of gradients start from: the terms with random signs, or :func:`summed_loss` without terms.
 
-    See :meth:`~lrf_lightning.solver.evaluation.LossTerms.scattered`. The signs depend on the index of the batch, not on
+    See :meth:`~lrf_lightning.solver.loss_terms.LossTerms.scattered`. The signs depend on the index of the batch, not on
     the process that has it.
     """
 

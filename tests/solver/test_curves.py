@@ -9,7 +9,8 @@ from layer_curves import LAYERS, as_matrices, mean_loss, per_sample, predictions
 from torch import nn
 
 from lrf_lightning.solver.curves import Prediction, Tails, predict, shrink
-from lrf_lightning.solver.evaluation import LossTerms, StepOutput
+from lrf_lightning.solver.evaluation import StepOutput
+from lrf_lightning.solver.loss_terms import LossTerms
 
 METRICS = ["euclidean", "activation", "fisher"]
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lrf_lightning.solver.evaluation import LossTerms, Outcome, StepOutput, batch_size, evaluate, to_device
+from lrf_lightning.solver.evaluation import Outcome, StepOutput, batch_size, evaluate, to_device
+from lrf_lightning.solver.loss_terms import LossTerms
 
 CPU = torch.device("cpu")
 
@@ -156,7 +157,7 @@ def test_an_empty_loader_is_an_error():
         ),
         (
             lambda m, b: StepOutput(torch.ones(5), terms=LossTerms(torch.ones(5, 3), 3)),
-            "terms add up to a mean loss of 3, but the loss is 1",
+            "terms add up to a mean loss of 3, but it is 1",
         ),
         (lambda m, b: 0.5, r"loss returned float; return a Tensor of shape \(\) or \(5,\), or a StepOutput"),
         (lambda m, b: None, "loss returned NoneType"),
@@ -207,51 +208,10 @@ def test_measurement_is_the_weighted_mean():
     assert outcome.measurement().samples == 4
 
 
-class TestLossTerms:
-    """Two ways to take a mean over tokens, of which some are padding."""
+def test_the_outcome_knows_how_many_terms_a_sample_has():
+    def loss(model, batch):
+        terms = LossTerms.of(model(batch[0]))
+        return StepOutput(terms.per_sample, terms=terms)
 
-    ROWS = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 4.0, 5.0]])
-    COUNTS = torch.tensor([[1, 1, 0], [1, 1, 1]])
-
-    def test_all_tokens_alike(self):
-        terms = LossTerms.of(self.ROWS, self.COUNTS)
-        torch.testing.assert_close(terms.per_sample.mean(), torch.tensor(15 / 5))
-        assert terms.count == terms.mean_count == 2.5
-
-    def test_all_samples_alike(self):
-        terms = LossTerms.of(self.ROWS, self.COUNTS, samples_alike=True)
-        torch.testing.assert_close(terms.per_sample, torch.tensor([1.5, 4.0]))
-        torch.testing.assert_close(terms.count, torch.tensor([2.0, 3.0]))
-        assert terms.mean_count == 2.5
-
-    @pytest.mark.parametrize("samples_alike", [False, True])
-    def test_the_mean_square_over_the_signs(self, samples_alike):
-        """For one number per sample: the number of terms times the sum of their squares."""
-        terms = LossTerms.of(self.ROWS, self.COUNTS, samples_alike=samples_alike)
-        generator = torch.Generator().manual_seed(0)
-        squares = torch.stack([terms.scattered(generator).square() for _ in range(4000)]).mean(0)
-        torch.testing.assert_close(squares, terms.values.square().sum(1) * terms.count, rtol=0.1, atol=0)
-
-    def test_a_mask_in_half_precision_counts_right(self):
-        rows = torch.ones(2, 70_000)
-        assert LossTerms.of(rows, torch.ones_like(rows, dtype=torch.float16)).count == 70_000
-
-    def test_one_term_per_sample(self):
-        torch.testing.assert_close(LossTerms.of(torch.tensor([1.0, 2.0])).per_sample, torch.tensor([1.0, 2.0]))
-
-    @pytest.mark.parametrize("samples_alike", [False, True])
-    def test_nothing_that_counts(self, samples_alike):
-        with pytest.raises(ValueError, match="counts marks no term"):
-            LossTerms.of(self.ROWS, torch.zeros(2, 3), samples_alike=samples_alike)
-
-    def test_shapes_that_differ(self):
-        with pytest.raises(ValueError, match=r"counts has shape \(2,\), but losses \(2, 3\)"):
-            LossTerms.of(self.ROWS, torch.ones(2))
-
-    def test_the_outcome_knows_how_many(self):
-        def loss(model, batch):
-            terms = LossTerms.of(model(batch[0]))
-            return StepOutput(terms.per_sample, terms=terms)
-
-        assert evaluate(classifier(), loss, batches(5), CPU).terms == 3
-        assert evaluate(classifier(), per_sample, batches(5), CPU).terms == 1
+    assert evaluate(classifier(), loss, batches(5), CPU).terms == 3
+    assert evaluate(classifier(), per_sample, batches(5), CPU).terms == 1
