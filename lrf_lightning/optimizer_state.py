@@ -1,7 +1,8 @@
 """Carry the state of optimizers, such as moments, over to the training of the compressed model.
 
 Optimizers are built anew for the compressed model. What they knew about parameters that the compression did not touch
-is kept in the checkpoint by name and given back; factors start without a state.
+is kept in the checkpoint by name and given back; factors start without a state, and so does everything after a training
+with FSDP2, whose states are spread over the processes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from lrf_lightning.unsharded import is_spread
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -75,6 +78,7 @@ def _fill(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: dict[i
 def _untouched(before: nn.Parameter, after: nn.Parameter | None) -> bool:
     return (
         after is not None
+        and not is_spread(before)
         and after.shape == before.shape
         and bool(torch.equal(after.detach().to(before.device, before.dtype), before.detach()))
     )

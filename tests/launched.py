@@ -14,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from small_modules import QUICK, Classifier, clouds, trainer
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lrf_lightning import LowRankCompression, tracking
@@ -45,6 +48,19 @@ class Frozen(Classifier):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+class Sharded(Frozen):
+    """Weights that FSDP2 spreads over the processes: some layer by layer, the others together."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self.net, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net[0], mesh=mesh)
+            fully_shard(self.net[2], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+
 class Notes(pl.Callback):
     """Writes what every process ended with into a file."""
 
@@ -65,18 +81,33 @@ def main():
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--uneven", action="store_true")
+    parser.add_argument("--weights", default="last")
+    parser.add_argument("--shards", action="store_true", help="whether checkpoints are folders of shards")
     options = parser.parse_args()
     tracking._draw_pictures = lambda *_: {}  # takes longer than everything else here, and has its own tests
     torch.manual_seed(0)
-    compression = LowRankCompression(objective="budget", dirpath=options.folder / "compressed", strict=True, **QUICK)
+    compression = LowRankCompression(
+        objective="budget", dirpath=options.folder / "compressed", strict=True, weights=options.weights, **QUICK
+    )
+    callbacks = [compression, Notes(options.folder, compression)]
+    if options.weights == "best":
+        callbacks.append(ModelCheckpoint(options.folder / "checkpoints", monitor="val/loss"))
+    fsdp2 = options.strategy == "fsdp2"
     runner = trainer(
-        callbacks=[compression, Notes(options.folder, compression)],
+        callbacks=callbacks,
         max_epochs=1,
-        strategy=options.strategy,
+        enable_checkpointing=options.weights == "best",
+        strategy=ModelParallelStrategy(options.devices, 1, options.shards) if fsdp2 else options.strategy,
         devices=options.devices,
         num_nodes=options.nodes,
     )
-    runner.fit(Frozen(), datamodule=Data(options.folder, options.uneven))
+    module = Sharded() if fsdp2 else Frozen()
+    runner.fit(module, datamodule=Data(options.folder, options.uneven))
+    if fsdp2:
+        for weight in module.parameters():
+            assert isinstance(weight, DTensor), "the live module stays sharded"
+        assert not any(isinstance(weight, DTensor) for weight in compression.result.model.parameters())
+        runner.validate(module, datamodule=Data(options.folder, options.uneven), verbose=False)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,15 @@ def test_strategies(project, tmp_path, alone, strategy):
     check(notes(process, folder=folder, world=2), alone, folder)
 
 
+@pytest.mark.parametrize(
+    "options", [(), ("--weights", "best"), ("--weights", "best", "--shards")], ids=["last", "best", "best of shards"]
+)
+def test_weights_that_fsdp2_has_spread(project, tmp_path, alone, options):
+    folder = tmp_path / "fsdp2"
+    process = started(project, folder, "--strategy", "fsdp2", "--devices", "2", *options)
+    check(notes(process, folder=folder, world=2), alone, folder)
+
+
 def test_torchrun(project, tmp_path, alone):
     folder = tmp_path / "torchrun"
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")

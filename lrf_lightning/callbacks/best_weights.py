@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import logging
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 __all__ = ["load_best_weights"]
 
 logger = logging.getLogger(__name__)
+
+METADATA = "meta.pt"  # where Lightning puts all that is not in the shards
 
 
 def load_best_weights(trainer: Trainer, module: LightningModule) -> None:
@@ -36,13 +40,15 @@ def load_best_weights(trainer: Trainer, module: LightningModule) -> None:
         raise ValueError(
             "weights='best', but no best checkpoint was written; let ModelCheckpoint save one, or use weights='last'"
         )
-    checkpoint = _load(trainer, path)
+    checkpoint = _load(trainer, path, module)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
 
 
-def _load(trainer: Trainer, path: str) -> dict[str, Any]:
+def _load(trainer: Trainer, path: str, module: LightningModule) -> dict[str, Any]:
     try:
+        if isinstance(trainer.strategy, ModelParallelStrategy):  # would load into the live module
+            return _load_whole(Path(path), module)
         if "weights_only" in inspect.signature(trainer.strategy.load_checkpoint).parameters:
             return trainer.strategy.load_checkpoint(path, weights_only=True)
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -52,3 +58,16 @@ def _load(trainer: Trainer, path: str) -> dict[str, Any]:
             f"the best checkpoint {path!r} holds objects that cannot be loaded without running code ({error}); "
             "save plain hyper-parameters (save_hyperparameters(ignore=[...])), or use weights='last'"
         ) from error
+
+
+def _load_whole(path: Path, module: LightningModule) -> dict[str, Any]:
+    """A checkpoint of FSDP2, in one file or a folder of shards, with whole weights like those of ``module``."""
+    if not path.is_dir():
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    weights = {"state_dict": module.state_dict()}
+    load(weights, checkpoint_id=path)  # fills the tensors
+    others: dict[str, Any] = torch.load(path / METADATA, map_location="cpu", weights_only=True)
+    return others | weights

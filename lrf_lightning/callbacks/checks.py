@@ -34,13 +34,13 @@ REMEDY = (
     "python train.py train=false ckpt_path=CHECKPOINT +compress=..., or lrf_lightning.compress(model, ..., "
     "weights=CHECKPOINT)"
 )
+IN_SHARDS = "A checkpoint in shards first becomes one file:"
 # how a folder of shards becomes one file
 CONSOLIDATE: dict[type[Any], str] = {
     FSDPStrategy: "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER",
-    ModelParallelStrategy: "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER",
     DeepSpeedStrategy: "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(FOLDER, FILE)",
 }
-SHARDED = tuple(CONSOLIDATE)
+SHARDED: tuple[type[Any], ...] = (*CONSOLIDATE, ModelParallelStrategy)
 
 
 def check_arguments(*, loss: Any, score: Any, weights: Any, dirpath: Any, loaders: dict[str, Any]) -> None:
@@ -96,22 +96,38 @@ def checked_formats(export: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def check_processes(trainer: Trainer) -> None:
-    """Refuse strategies whose processes do not all hold the whole model.
+def check_processes(trainer: Trainer, *, in_place: bool) -> None:
+    """Refuse strategies whose processes do not all hold the whole model, and of which no whole copy can be made.
+
+    Args:
+        trainer: with its strategy.
+        in_place: whether layers of the live module are to be replaced.
 
     Raises:
-        MisconfigurationException: for sharded strategies, and for several processes without DDP.
+        MisconfigurationException: for such strategies, and for several processes without DDP or FSDP2.
     """
     for sharded, consolidate in CONSOLIDATE.items():
         if isinstance(trainer.strategy, sharded):
             raise MisconfigurationException(
                 f"LowRankCompression does not support {type(trainer.strategy).__name__}, whose weights are spread over "
-                f"devices. {REMEDY}. A checkpoint in shards first becomes one file: {consolidate}"
+                f"devices. {REMEDY}. {IN_SHARDS} {consolidate}"
             )
-    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        size = trainer.strategy.device_mesh["tensor_parallel"].size()
+        if size > 1:
+            raise MisconfigurationException(
+                f"LowRankCompression does not support ModelParallelStrategy(tensor_parallel_size={size}), only 1 "
+                f"(FSDP2). {REMEDY}. {IN_SHARDS} {CONSOLIDATE[FSDPStrategy]}"
+            )
+        if in_place:
+            raise MisconfigurationException(
+                "in_place=True cannot replace layers whose weights are spread over devices (ModelParallelStrategy); "
+                "use in_place=False and the attribute result.model, or the file that is written"
+            )
+    elif trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
         raise MisconfigurationException(
             f"LowRankCompression does not support {type(trainer.strategy).__name__} with several processes "
-            f"(world_size={trainer.world_size}), only the DDP strategies. {REMEDY}"
+            f"(world_size={trainer.world_size}), only the DDP strategies and FSDP2. {REMEDY}"
         )
 
 

@@ -232,7 +232,7 @@ class LowRankCompression(Callback):
             return
         self.result = None
         finish_before_exit(trainer)
-        checks.check_processes(trainer)
+        checks.check_processes(trainer, in_place=self.in_place)
         checks.check_layers(pl_module, self.settings)
         if self.weights == "best":
             checks.check_best_weights(trainer)

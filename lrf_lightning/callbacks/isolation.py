@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lrf_lightning import random_state
+from lrf_lightning.unsharded import copied, whole_weights
 
 __all__ = ["UncompiledModule", "detached_copy", "undisturbed"]
 
@@ -51,23 +52,27 @@ class UncompiledModule(nn.Module):
 
 
 def detached_copy(module: LightningModule) -> LightningModule:
-    """A deep copy without the trainer, in which nothing is compiled.
+    """A deep copy without the trainer, in which nothing is compiled and no weight is spread over processes.
 
+    Of a module whose weights are spread all processes must make one, and the copy is on the CPU.
     Tensors that hang on a graph (losses that a step has left in an attribute) are copied without it, since torch
     refuses to copy them otherwise. Attributes that cannot be copied at all, such as locks and open files, are shared.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {**whole_weights(module)}
     for child in module.modules():
         for tensor in _graph_tensors(child.__dict__):
             memo[id(tensor)] = tensor.detach().clone()
     if module._compiler_ctx is not None:
         memo[id(module._compiler_ctx)] = None
+    mesh = getattr(module, "_device_mesh", None)
+    if mesh is not None:
+        memo[id(mesh)] = None
     try:
-        new = copy.deepcopy(module, dict(memo))
+        new = copied(module, memo)
     except (TypeError, ValueError, RuntimeError, pickle.PicklingError) as error:
         shared = _uncopyable(module, memo)
         logger.info("The copy of the module shares attributes that cannot be copied (%s): %s", error, list(shared))
-        new = copy.deepcopy(module, memo | {id(value): value for value in shared.values()})
+        new = copied(module, memo | {id(value): value for value in shared.values()})
     new.trainer = None
     if module._compiler_ctx is not None:
         # these attributes would still call the original's compiled methods
