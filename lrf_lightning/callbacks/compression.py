@@ -73,9 +73,9 @@ class LowRankCompression(Callback):
     in place. The module, the trainer, the random states and torch's flags stay as they were. A failure is reported as
     a warning and as ``compress/failed`` among the trainer's metrics; it never costs the trained model.
 
-    After training with DDP all processes solve together, each on its share of the data, and end with the same model;
-    the first one writes. What fails on one process fails on all. Of strategies that start their processes anew for a
-    fit, ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook``, only the files come back.
+    After training with DDP or FSDP2 all processes solve together, each on its share of the data, and end with the same
+    model; the first one writes. What fails on one process fails on all. Of strategies that start their processes anew
+    for a fit, ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook``, only the files come back.
 
     Example::
 

@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_rows_of_ours(rows):
     for row in rows["frontier"]:
         assert float(row["speedup/eager_batch_large"]) > 0
         assert float(row["test_loss"]) > 0
+
+
+def test_objectives_share_a_calibration_whose_time_counts(tmp_path):
+    run = Run("digits", 3, [item for item in TINY if "compress" not in item], (0.6,), tmp_path)
+    (first,), (second,) = run.rows("lossless", []), run.rows("frontier", [])
+    assert len(list(Path(run._calibrations.name).glob("*.pt"))) == 1
+    assert 0 < run._calibration_seconds < min(float(first["solve_seconds"]), float(second["solve_seconds"]))
 
 
 def test_a_baseline_is_measured_at_the_sizes_of_ours(rows):
