@@ -107,7 +107,11 @@ def main():
         for weight in module.parameters():
             assert isinstance(weight, DTensor), "the live module stays sharded"
         assert not any(isinstance(weight, DTensor) for weight in compression.result.model.parameters())
-        runner.validate(module, datamodule=Data(options.folder, options.uneven), verbose=False)
+        for model in (module, compression.result.model):
+            runner.validate(model, datamodule=Data(options.folder, options.uneven), verbose=False)
+            assert any(isinstance(weight, DTensor) for weight in model.parameters()), (
+                "the compressed one can be as well"
+            )
 
 
 if __name__ == "__main__":
