@@ -1,4 +1,4 @@
-"""The picture of the frontier: loss and score over what is kept, with the front, the knee and the chosen point."""
+"""The picture of the frontier: loss, score and speed over what is kept, with the front, the knee and what was chosen."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ __all__ = ["frontier_figures"]
 def frontier_figures(result: Solution) -> list[Figure]:
     """Change of loss and score over the parameters kept, with one standard error and the margins of the verdict.
 
-    Where all points were tested on the verification split, its changes with their bounds stand beside them.
+    Where all points were tested on the verification split, its changes with their bounds stand beside them; where all
+    were timed, a panel shows how many times as fast as the original they are.
     """
     rows = [row for row in frontier_rows(result) if row["params_model_kept"] is not None]
     if len(rows) < 2:
@@ -40,11 +41,15 @@ def frontier_figures(result: Solution) -> list[Figure]:
     panels = [("loss", loss_margin(result), 1.0)]
     if any(row["score_change"] is not None for row in rows):
         panels.append(("score", result.settings.score_margin, -1.0))
+    timed = [row for row in rows if row["speedup_batch_large"] is not None or row["speedup_batch_1"] is not None]
     with style():
-        figure = Figure(figsize=(7.5, 1.4 + 2.6 * len(panels)), layout="constrained")
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for ax, (name, margin, sign) in zip(axes, panels, strict=True):
+        count = len(panels) + bool(timed)
+        figure = Figure(figsize=(7.5, 1.4 + 2.6 * min(count, 2) + 2.0 * (count > 2)), layout="constrained")
+        axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+        for ax, (name, margin, sign) in zip(axes, panels, strict=False):
             _draw_frontier(ax, rows, name, margin, sign)
+        if timed:
+            _draw_speed(axes[-1], timed)
         original = f"original: {result.dense.loss:.4g}"
         axes[0].set_ylabel(f"change of the loss\n({original})")
         if len(panels) == 2:
@@ -102,6 +107,24 @@ def _draw_frontier(ax: Axes, rows: Sequence[Row], name: str, margin: float, sign
         if marked:
             ax.plot(_kept(marked), [row[f"{name}_change"] for row in marked], linestyle="none", label=label, **looks)
     symmetric_log(ax.yaxis, y, margin)
+
+
+def _draw_speed(ax: Axes, rows: Sequence[Row]) -> None:
+    ax.axhline(1, color=GREY, linewidth=1)
+    looks = {"large": (BLUE, "o", "large batch"), "1": (SKY, "s", "a single sample")}
+    for size, (colour, marker, label) in looks.items():
+        name = f"speedup_batch_{size}"
+        shown = [row for row in rows if row[name] is not None]
+        if shown:
+            values = [row[name] for row in shown]
+            below = [row[name] - row[f"{name}_lower"] for row in shown]
+            above = [row[f"{name}_upper"] - row[name] for row in shown]
+            ax.errorbar(
+                _kept(shown), values, yerr=[below, above], color=colour, marker=marker, markersize=4, linewidth=1.2,
+                capsize=2.5, label=f"{label}, 95 % interval",
+            )  # fmt: skip
+    ax.set_ylabel("times as fast\n(eager PyTorch)")
+    ax.legend(frameon=False)
 
 
 def _draw_measured(ax: Axes, rows: Sequence[Row], name: str, **looks: Any) -> None:

@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from tiny_result import budgets_result, frontier_result, tiny_result, with_certificate, with_layers
+from tiny_result import budgets_result, frontier_result, timed, tiny_result, with_certificate, with_layers
 
 from lrf_lightning.change_plots import changes_figures, draw_samples, samples_figure
 from lrf_lightning.layer_plots import curves_figures, spectra_figures
@@ -108,6 +108,21 @@ def test_budgets_are_drawn_with_front_knee_and_verification():
         assert [round(x) for x in handles["not on the front"].lines[0].get_xdata()] == [30]
         assert [round(x) for x in handles["knee of the front"].get_xdata()] == [20]
         assert len(handles["verification, with its bound"].lines[0].get_xdata()) == 5
+
+
+def test_timed_budgets_have_a_panel_of_speed():
+    result = budgets_result()
+    assert len(frontier_figures(result)[0].axes) == 2
+    (figure,) = frontier_figures(timed(result))
+    assert_readable(figure)
+    _, height = size_of_png(draw(timed(result), "frontier")["frontier"])
+    assert height <= 1000
+    *_, panel = figure.axes
+    lines = {container.get_label(): container for container in panel.containers}
+    line, _, (bars,) = lines["large batch, 95 % interval"]
+    assert line.get_ydata().tolist() == [1.25, 1.5, 1.75, 2.0, 2.25]
+    assert next(segment[:, 1].tolist() for segment in bars.get_segments()) == [1.0, 2.0]
+    assert lines["a single sample, 95 % interval"][0].get_ydata().tolist() == [0.75, 0.5, 0.25, 0.5, 0.75]
 
 
 def test_large_and_small_changes_are_both_seen():

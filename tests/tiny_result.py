@@ -1,6 +1,7 @@
 """A real result for the tests of report, tables, pictures and logs, solved once per session."""
 
 import dataclasses
+import itertools
 from functools import cache
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from lrf_lightning import compress
 from lrf_lightning.api import CompressionResult
 from lrf_lightning.solver.evaluation import StepOutput
+from lrf_lightning.solver.speed_result import Speed, Timing
 
 
 class TinyNet(nn.Module):
@@ -103,6 +105,19 @@ def budgets_result() -> CompressionResult:
         for point, budget, verdict in zip(result.frontier, (0.8, 0.6, 0.4, 0.2, 0.1), verdicts, strict=True)
     ]
     return dataclasses.replace(result, frontier=points, score_name="accuracy")
+
+
+def timed(result):
+    """The result whose five points have speeds that are set by hand."""
+
+    def speed(large, single):
+        ratios = ((100, large, 1.0, 2 * large - 0.5), (1, single, single / 2, 1.0))
+        timings = [Timing("eager", batch, (ratio, 1.0), ratio, low, high, 9) for batch, ratio, low, high in ratios]
+        return Speed("a machine", "forward", timings, (4000, 1000), (2e6, 1e6))
+
+    speeds = itertools.starmap(speed, zip((1.25, 1.5, 1.75, 2.0, 2.25), (0.75, 0.5, 0.25, 0.5, 0.75), strict=True))
+    points = [dataclasses.replace(point, speed=found) for point, found in zip(result.frontier, speeds, strict=True)]
+    return dataclasses.replace(result, frontier=points)
 
 
 def with_certificate(result, **changes):
