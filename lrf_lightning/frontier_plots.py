@@ -1,4 +1,4 @@
-"""The picture of the frontier: loss, score and speed over what is kept, with the front, the knee and what was chosen."""
+"""The picture of the frontier: loss, score and speed over what is kept, with front, knee and what was chosen."""
 
 from __future__ import annotations
 
