@@ -183,7 +183,7 @@ class ExplainedLoss:
         plain = output if isinstance(output, StepOutput) else StepOutput(output)
         if isinstance(plain.loss, Tensor) and plain.terms is None:
             size = batch_size(batch)
-            found = explanation(watch.calls, plain.loss, size)
+            found = explanation(watch.calls, plain.loss, size, widened=True)
             terms = None if found is None or not torch.isfinite(plain.loss).all() else found[0].terms(size)
             if terms is not None:
                 self._found = True
@@ -192,7 +192,9 @@ class ExplainedLoss:
         return output
 
 
-def explanation(calls: Iterable[LossCall], loss: Tensor, size: int) -> tuple[LossCall, Tensor] | None:
+def explanation(
+    calls: Iterable[LossCall], loss: Tensor, size: int, *, widened: bool = False
+) -> tuple[LossCall, Tensor] | None:
     """The first watched call that a loss comes from, and its losses per sample; None if there is none.
 
     A loss that is not finite comes from a call that is not finite either, so that as many figures are given of it as of
@@ -202,6 +204,7 @@ def explanation(calls: Iterable[LossCall], loss: Tensor, size: int) -> tuple[Los
         calls: watched calls.
         loss: shape (batch,), or () for the mean.
         size: samples in the batch.
+        widened: whether the loss may be no more exact than the call's result, in spite of its dtype.
     """
     for call in calls:
         # the same value may be computed from detached logits, for a log
@@ -214,7 +217,8 @@ def explanation(calls: Iterable[LossCall], loss: Tensor, size: int) -> tuple[Los
         if losses is None or loss.shape not in ((), losses.shape):
             continue
         broken = loss.dim() == 0 and not torch.isfinite(loss) and not torch.isfinite(losses).all()
-        if broken or _agrees(losses, loss, max(torch.finfo(value.dtype).eps for value in (loss, call.result))):
+        eps = max(torch.finfo(value.dtype).eps for value in ((loss, call.result) if widened else (loss,)))
+        if broken or _agrees(losses, loss, eps):
             return call, losses
     return None
 

@@ -36,8 +36,8 @@ def budgets_table(result: Solution, *, wide: bool) -> Table:
     for heading in (*headings, "verified\nchange", "upper\nbound"):
         table.add_column(Text(heading), justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    timed = wide and any(row["speedup_batch_large"] is not None for row in rows)
-    for size in ("large", "1") if timed else ():
+    sizes = [size for size in ("large", "1") if wide and any(row[f"speedup_batch_{size}"] is not None for row in rows)]
+    for size in sizes:
         table.add_column(Text(f"x as fast,\nbatch {_batch(result, size)}"), justify="right", no_wrap=True)
     digits, score_digits = loss_places(result), decimal_places(result.settings.score_margin)
     for row in rows:
@@ -53,7 +53,7 @@ def budgets_table(result: Solution, *, wide: bool) -> Table:
             optional(row["verification_loss_change"], digits),
             optional(row["verification_loss_upper"], digits),
             row["verdict"] or "original",
-            *([optional_ratio(row[f"speedup_batch_{size}"]) for size in ("large", "1")] if timed else []),
+            *(optional_ratio(row[f"speedup_batch_{size}"]) for size in sizes),
         )
     return table
 

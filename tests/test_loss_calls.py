@@ -140,6 +140,13 @@ class TestAgreement:
         assert explanation([call], result * 1.0005, 6) is None
         assert explanation([call], (result * 1.005).bfloat16(), 6), "so coarse is its own rounding"
 
+    def test_a_term_beside_a_coarse_loss_is_not_overlooked(self):
+        """A penalty that is smaller than the rounding of the cross-entropy in half precision."""
+        result, call = single(lambda: functional.cross_entropy(LOGITS.bfloat16(), TARGET))
+        loss = result.float() * 1.008
+        assert explanation([call], loss, 6) is None
+        assert explanation([call], loss, 6, widened=True)
+
     def test_the_first_call_that_fits_is_taken(self):
         _, other = single(lambda: functional.cross_entropy(-LOGITS, TARGET))
         result, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))

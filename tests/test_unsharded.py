@@ -1,9 +1,10 @@
 """Modules whose weights FSDP2 has spread, on one process of gloo; two of them are in ``test_launchers.py``."""
 
-import os
-import pickle
+import functools
+import subprocess
+import sys
 from types import SimpleNamespace
-from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,16 +12,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from small_modules import FEATURES, QUICK, Classifier, loader, trainer
+from process_groups import run_together
+from small_modules import FEATURES, QUICK, Classifier, loader, network, trainer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from lrf_lightning import LowRankCompression, load_compressed
 from lrf_lightning.callbacks.isolation import detached_copy
-
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-if not hasattr(fsdp, "fully_shard"):
-    pytest.skip("torch is older than 2.6", allow_module_level=True)
+from lrf_lightning.unsharded import whole_weights
 
 
 class Tied(nn.Module):
@@ -42,18 +43,21 @@ class Sharded(Classifier):
     """Sharded once, like a user's module that is fitted and then tested."""
 
     def configure_model(self):
-        if not isinstance(self.net, fsdp.FSDPModule):
+        if not isinstance(self.net, FSDPModule):
             for layer in (self.net.norm, self.net.head) if isinstance(self.net, Tied) else (self.net[0], self.net[2]):
-                fsdp.fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-            fsdp.fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
-@pytest.fixture(autouse=True)
-def group():
-    with mock.patch.dict(os.environ):
-        yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def in_a_process(test):
+    """Run a test in a process of its own: after a backward pass of FSDP2 no process can be forked from this one."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        (outcome,) = run_together(lambda rank, world: test(*args, **kwargs), 1)
+        assert outcome is None, outcome
+
+    return run
 
 
 def fitted(module, *callbacks, shards=False, **options):
@@ -62,12 +66,19 @@ def fitted(module, *callbacks, shards=False, **options):
     return run
 
 
+def whole_copy(module):
+    found, failure = whole_weights(module)
+    assert failure is None
+    return detached_copy(module, found)
+
+
 def weights(module):
     state = module.state_dict()
     return {n: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for n, v in state.items()}
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@in_a_process
 def test_a_copy_is_whole_and_the_module_stays_as_it_is(tied):
     module = Sharded(Tied()) if tied else Sharded()
     fitted(module)
@@ -75,13 +86,13 @@ def test_a_copy_is_whole_and_the_module_stays_as_it_is(tied):
     batch = next(iter(loader(seed=2)))
     with torch.no_grad():
         expected = module.eval().loss(batch)
-    copy = detached_copy(module)
+    copy = whole_copy(module)
     after = weights(module)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [type(child) for child in module.modules()] == kinds
     assert all(isinstance(weight, DTensor) for weight in module.parameters())
     assert not any(isinstance(weight, DTensor) for weight in (*copy.parameters(), *copy.buffers()))
-    assert not any(isinstance(child, fsdp.FSDPModule) for child in copy.modules())
+    assert not any(isinstance(child, FSDPModule) for child in copy.modules())
     assert type(copy.net) is (Tied if tied else nn.Sequential)
     found = copy.state_dict()
     assert all(torch.equal(found[name], before[name]) for name in before)
@@ -95,19 +106,112 @@ def test_a_copy_is_whole_and_the_module_stays_as_it_is(tied):
         copy.net[0].weight.zero_() if not tied else copy.net.first.weight.zero_()
     after = weights(module)
     assert all(torch.equal(after[name], before[name]) for name in before), "nothing is shared"
-    pickle.dumps(copy)
     assert detached_copy(copy) is not copy
 
 
+@in_a_process
+def test_a_copy_takes_hooks_in_another_process(tmp_path):
+    """Numbers of hooks start anew there, and those of FSDP2 had been called in another way."""
+    module = Sharded()
+    fitted(module)
+    torch.save(whole_copy(module).net, tmp_path / "net.pt")
+    code = """
+import sys, torch
+net = torch.load(sys.argv[1], weights_only=False)
+seen = []
+for layer in net:
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(module))
+net(torch.zeros(2, 12))
+assert len(seen) == 2 * len(net)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "net.pt"], check=True)
+
+
+class Whole(Sharded):
+    """The module itself is sharded."""
+
+    def configure_model(self):
+        super().configure_model()
+        if not isinstance(self, FSDPModule):
+            fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+class Compiled(Sharded):
+    """What is compiled is sharded; no code is generated."""
+
+    def configure_model(self):
+        if isinstance(self.net, nn.Sequential):
+            super().configure_model()
+            self.net = torch.compile(self.net, backend="eager")
+
+
+class CompiledFirst(Classifier):
+    def configure_model(self):
+        if isinstance(self.net, nn.Sequential):
+            self.net = torch.compile(self.net, backend="eager")
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class Encoder(nn.Sequential):
+    def encode(self, x):
+        return self(x)
+
+
+class OtherMethod(Sharded):
+    """A method besides forward that FSDP2 was told of."""
+
+    def __init__(self):
+        super().__init__(Encoder(*network()))
+
+    def configure_model(self):
+        super().configure_model()
+        if "encode" not in self.net.__dict__:
+            register_fsdp_forward_method(self.net, "encode")
+
+    def loss(self, batch):
+        return functional.cross_entropy(self.net.encode(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("kind", [Whole, Compiled, CompiledFirst, OtherMethod])
+@pytest.mark.parametrize("which", ["last", "best"])
+@in_a_process
+def test_other_ways_to_shard(kind, which, tmp_path):
+    compression = LowRankCompression(objective="budget", dirpath=tmp_path, weights=which, strict=True, **QUICK)
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/loss")
+    module = kind()
+    fitted(module, compression, checkpoint, enable_checkpointing=True, shards=kind is CompiledFirst)
+    assert compression.result.ranks
+    model, batch = compression.result.model, next(iter(loader(seed=2)))
+    assert not any(isinstance(child, FSDPModule) for child in model.modules())
+    assert torch.isfinite(model.loss(batch))
+    assert any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
+@in_a_process
+def test_a_process_without_memory_takes_part_to_the_end(monkeypatch):
+    module = Sharded()
+    fitted(module)
+    gathered = []
+    monkeypatch.setattr(DTensor, "full_tensor", lambda self: gathered.append(self) or self.to_local())
+    monkeypatch.setattr("lrf_lightning.unsharded._like", Mock(side_effect=MemoryError("no room")))
+    found, failure = whole_weights(module)
+    assert isinstance(failure, MemoryError)
+    assert len(gathered) == len(list(module.parameters()))
+    assert sum(tensor.numel() for tensor in found.values()) == 0
+
+
+@in_a_process
 def test_frozen_weights_stay_frozen():
     module = Sharded()
     module.net[0].requires_grad_(False)
     fitted(module)
-    copy = detached_copy(module)
+    copy = whole_copy(module)
     assert [weight.requires_grad for weight in copy.parameters()] == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize("shards", [False, True])
+@in_a_process
 def test_the_best_weights_are_compressed(tmp_path, shards):
     """The module gets worse after its first epoch, so that the best weights are not the last ones."""
 
@@ -134,6 +238,7 @@ def test_the_best_weights_are_compressed(tmp_path, shards):
     assert torch.equal(found["last"].result.model.state_dict()[bias], weights(module)[bias])
 
 
+@in_a_process
 def test_what_is_written_loads_without_fsdp2(tmp_path):
     compression = LowRankCompression(objective="budget", keep=0.5, dirpath=tmp_path, strict=True, **QUICK)
     module = Sharded()
@@ -151,6 +256,7 @@ def test_what_is_written_loads_without_fsdp2(tmp_path):
 
 
 class TestRefused:
+    @in_a_process
     def test_layers_of_the_live_module_before_training(self):
         module, steps = Sharded(), []
         module.on_train_start = lambda: steps.append(0)

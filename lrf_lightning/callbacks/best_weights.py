@@ -20,7 +20,7 @@ METADATA = "meta.pt"  # where Lightning puts all that is not in the shards
 
 
 def load_best_weights(trainer: Trainer, module: LightningModule) -> None:
-    """Load the state dict of the best checkpoint into a module, without unpickling code.
+    """Load the state dict of the best checkpoint into a module, without unpickling code but torch's own of shards.
 
     With ``fast_dev_run`` there are no checkpoints, and the weights stay.
 
@@ -61,13 +61,28 @@ def _load(trainer: Trainer, path: str, module: LightningModule) -> dict[str, Any
 
 
 def _load_whole(path: Path, module: LightningModule) -> dict[str, Any]:
-    """A checkpoint of FSDP2, in one file or a folder of shards, with whole weights like those of ``module``."""
-    if not path.is_dir():
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint
+    """A checkpoint of FSDP2, in one file or a folder of shards, with whole weights like those of ``module``.
+
+    Every process reads by itself.
+    """
+    # Lightning leaves out of the names that a module is compiled
+    names = {name.replace("_orig_mod.", ""): name for name in module.state_dict()}
+    if path.is_dir():
+        checkpoint = _from_shards(path, module, names)
+    else:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state = {names.get(name, name): value for name, value in checkpoint["state_dict"].items()}
+    return checkpoint | {"state_dict": state}
+
+
+def _from_shards(path: Path, module: LightningModule, names: dict[str, str]) -> dict[str, Any]:
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    weights = {"state_dict": module.state_dict()}
-    load(weights, checkpoint_id=path)  # fills the tensors
+    state = module.state_dict()
+    weights = {"state_dict": {name: state[own] for name, own in names.items()}}
+    alone = {"no_dist": True} if "no_dist" in inspect.signature(load).parameters else {}  # torch 2.4 has it not
+    planner = DefaultLoadPlanner(allow_partial_load=not module.strict_loading)
+    load(weights, checkpoint_id=path, planner=planner, **alone)  # fills the tensors
     others: dict[str, Any] = torch.load(path / METADATA, map_location="cpu", weights_only=True)
     return others | weights

@@ -54,6 +54,7 @@ from lrf_lightning.solver.settings import (
 )
 from lrf_lightning.step_loss import Score, StepLoss
 from lrf_lightning.tracking import log_solution
+from lrf_lightning.unsharded import whole_weights
 from lrf_lightning.wandb_fork import finish_before_exit
 
 if TYPE_CHECKING:
@@ -319,8 +320,12 @@ class LowRankCompression(Callback):
         bars = trainer.is_global_zero and trainer.progress_bar_callback is not None
         processes, seed = current_processes(device), self.settings.seed
         with undisturbed(trainer), stage_progress(enabled=bars) as progress:
+            whole, failure = whole_weights(pl_module)  # asks all processes
             with processes.together("the preparation"):
-                module = detached_copy(pl_module)
+                if failure is not None:
+                    raise failure
+                module = detached_copy(pl_module, whole)
+                del whole
                 if self.weights == "best":
                     load_best_weights(trainer, module)
                 module.to(device)

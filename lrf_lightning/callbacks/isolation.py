@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lrf_lightning import random_state
-from lrf_lightning.unsharded import copied, whole_weights
+from lrf_lightning.unsharded import copied
 
 __all__ = ["UncompiledModule", "detached_copy", "undisturbed"]
 
@@ -51,14 +51,18 @@ class UncompiledModule(nn.Module):
         return self._orig_mod(*args, **kwargs)
 
 
-def detached_copy(module: LightningModule) -> LightningModule:
+def detached_copy(module: LightningModule, whole: Mapping[int, Tensor] | None = None) -> LightningModule:
     """A deep copy without the trainer, in which nothing is compiled and no weight is spread over processes.
 
-    Of a module whose weights are spread all processes must make one, and the copy is on the CPU.
     Tensors that hang on a graph (losses that a step has left in an attribute) are copied without it, since torch
     refuses to copy them otherwise. Attributes that cannot be copied at all, such as locks and open files, are shared.
+
+    Args:
+        module: the module.
+        whole: what stands in for weights that are spread over processes, see
+            :func:`~lrf_lightning.unsharded.whole_weights`.
     """
-    memo: dict[int, Any] = {**whole_weights(module)}
+    memo: dict[int, Any] = dict(whole or {})
     for child in module.modules():
         for tensor in _graph_tensors(child.__dict__):
             memo[id(tensor)] = tensor.detach().clone()

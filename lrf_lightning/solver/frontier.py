@@ -235,21 +235,22 @@ class Frontier:
     def walk(self) -> list[FrontierPoint]:
         """Measure ``settings.points`` shares from 0.9 to 0.1 of the cost, equally spaced on a logarithmic scale.
 
-        As many are measured together as fit into memory. The walk ends with those among which the loss is hopeless.
+        As many are measured together as one process would. The walk ends with those among which the loss is hopeless.
         """
         lowest, count = min(self.lowest * 1.01, 1.0), self.work.settings.points
         first = max(LARGEST_SHARE, (1 + lowest) / 2)
         last = max(SMALLEST_SHARE, lowest)
         shares = [first * (last / first) ** (i / (count - 1)) for i in range(count)]
-        together = self.work.copies_at_once(self.work.layers)
+        together = self.work.copies_at_once(self.work.layers, alone=True)
         while shares and not any(self._is_hopeless(point) for point in self.points):
             now, shares = shares[:together], shares[together:]
             self.measure_shares(now)
         return self.points
 
     def _is_hopeless(self, point: FrontierPoint) -> bool:
-        margin = HOPELESS * _loss_margin(self)
-        return math.isfinite(point.loss_change) and point.loss_change - PROOF * point.loss_change_error > margin
+        margin = max(_loss_margin(self), default_loss_margin(self.dense.measurement().loss))
+        limit = self.work.settings.tolerance + HOPELESS * margin
+        return math.isfinite(point.loss_change) and point.loss_change - PROOF * point.loss_change_error > limit
 
     def measure_shares(
         self, shares: Iterable[float], then: Callable[[FrontierPoint, nn.Module], None] = lambda *_: None

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from lrf_lightning.solver.pareto import marked
 from lrf_lightning.solver.point_models import PointModels
 from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, Solution
 from lrf_lightning.solver.settings import Settings
-from lrf_lightning.solver.speed import measure_speed
+from lrf_lightning.solver.speed import Scope, measure_speed
 from lrf_lightning.solver.speed_result import Speed
 from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Progress, Workspace
@@ -273,9 +274,7 @@ def _solution(
         unchanged=choice.point is None,
     )
     settle(compressed)
-    with work.stage("speed", 0):
-        speed = measure_speed(work, compressed, ranks)
-    points = _timed(work, choice, speed)
+    speed, points = _timed(work, choice)
     layers = _layer_results(work, ranks)
     work.seconds["total"] = time.perf_counter() - started
     return Solution(
@@ -299,21 +298,32 @@ def _solution(
     )
 
 
-def _timed(work: Workspace, choice: _Choice, speed: Speed | None) -> list[FrontierPoint]:
-    """The points, with the speed of their models where those are kept; ``speed`` is that of the chosen one."""
+def _timed(work: Workspace, choice: _Choice) -> tuple[Speed | None, list[FrontierPoint]]:
+    """The speed of the chosen model, and the points with those of all models that were kept, at the same batches."""
+    ranks = {} if choice.point is None else choice.point.ranks
     if choice.models is None or work.settings.speed == "none":
-        return choice.points
-    timed = []
+        with work.stage("speed", 0):
+            return measure_speed(work, lambda: choice.model, ranks), choice.points
+    models, scope = choice.models, Scope(share=1 / len(choice.points))
+    chosen, points = None, []
     with work.stage("speed", len(choice.points)) as advance:
         for point in choice.points:
-            found = speed
-            if not point.chosen:
-                model = choice.models.build(point.ranks)
-                settle(model)
-                found = measure_speed(work, model, point.ranks, one_of=len(choice.points))
-            timed.append(dataclasses.replace(point, speed=found))
+            if point.chosen:
+                found = chosen = measure_speed(work, lambda: choice.model, ranks, scope)
+            else:
+                make = partial(_built, models, point.ranks)
+                found = measure_speed(work, make, point.ranks, dataclasses.replace(scope, brief=True))
+            points.append(dataclasses.replace(point, speed=found))
+            if found is not None and found.timings and scope.batch is None:
+                scope = dataclasses.replace(scope, batch=max(timing.batch for timing in found.timings))
             advance()
-    return timed
+    return chosen, points
+
+
+def _built(models: PointModels, ranks: Mapping[str, int]) -> nn.Module:
+    model = models.build(ranks)
+    settle(model)
+    return model
 
 
 def _layer_results(work: Workspace, ranks: dict[str, int]) -> list[LayerResult]:

@@ -62,8 +62,8 @@ class Settings:
             larger of 2 % of the original's loss and 0.005.
         score_margin: fall of the score that counts as not worse in the verdict, absolute.
         confidence: one-sided confidence of the verdict's bounds, in (0.5, 1).
-        points: number of shares of the cost that ``compact`` and ``lossless`` measure, at least 2. Of a model that is
-            so large that its shares are measured one after the other, those below a hopeless loss are left out.
+        points: number of shares of the cost that ``compact`` and ``lossless`` measure, at least 2. Where memory cannot
+            hold all of them at a time, the smallest are left out once the loss of larger ones is hopeless.
         refinements: bisection steps that ``compact`` and ``lossless`` add between frontier points, or between the
             original and the first of them if none is accepted.
         speed: how both models are timed for the report, at the size of a verification batch and at one sample, each for

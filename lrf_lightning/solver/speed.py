@@ -35,11 +35,12 @@ from lrf_lightning.solver.speed_result import Pair, Runtime, SlowerLayer, Speed,
 from lrf_lightning.solver.workspace import Workspace
 from lrf_lightning.surgery import settle
 
-__all__ = ["measure_speed"]
+__all__ = ["Scope", "measure_speed"]
 
 TIMING_SECONDS = 0.4  # for one runtime and batch size
 CALL_SECONDS = 0.04, 0.25  # a batch that takes longer is cut; the first after a short solve, at most the second
 SOLVE_SHARE = 0.003  # of the solve so far that a call may take; a runtime and batch size are some 18 calls
+BRIEF = 0.25  # of that time
 SHORTEST_SECONDS = 0.002  # calls are repeated until they take as long
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 31
 MOST_LAYERS = 4  # of those that are looked at where the model is not faster
@@ -47,27 +48,47 @@ SLOWER = 1.02  # ratio of times from which a layer is called slower
 WEIGHTS_SHARE = 0.9  # of all weights that the part holds which is called instead of the whole
 
 
-def measure_speed(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int], *, one_of: int = 1) -> Speed | None:
-    """Speed and size of the compressed model beside the original; a failure is a warning.
+@dataclass(frozen=True)
+class Scope:
+    """How much is measured of a model.
+
+    Attributes:
+        share: of the time that a call may take, since other models are timed as well.
+        batch: samples in the largest batch; None for as many as the time allows.
+        brief: whether a few rounds will do, without compilation and without looking for slower layers.
+    """
+
+    share: float = 1.0
+    batch: int | None = None
+    brief: bool = False
+
+
+WHOLE = Scope()
+
+
+def measure_speed(
+    work: Workspace, make: Callable[[], nn.Module], ranks: Mapping[str, int], scope: Scope = WHOLE
+) -> Speed | None:
+    """Speed and size of a compressed model beside the original; a failure is a warning.
 
     Args:
         work: the dense model, the data and the settings.
-        compressed: the compressed model, settled.
+        make: gives the compressed model, settled.
         ranks: ranks of its layers.
-        one_of: number of compressed models that share the time; of several none is compiled.
+        scope: how much is measured.
     """
     if work.settings.speed == "none" or not ranks:
         return None
     try:
         with work.processes.together("the measurement of speed"):
-            found = _measured(work, compressed, ranks, one_of)
+            found = _measured(work, make(), ranks, scope)
         return work.processes.of_first(found)
     except Exception as error:  # user code, compilers; the result does not depend on it
         warnings.warn(f"The speed was not measured ({type(error).__name__}: {error})", stacklevel=2)
         return None
 
 
-def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int], one_of: int) -> Speed | None:
+def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int], scope: Scope) -> Speed | None:
     batch = next(iter(work.splits["verification"]), None)
     if batch is None:  # this process has none
         return None
@@ -76,11 +97,11 @@ def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int], 
     models = (dense, compressed)
     with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():
         calls = [_Call.seen(model, work, batch) for model in models]
-        timings, problems = _timings(work, calls, one_of)
+        timings, problems = _timings(work, calls, scope)
         largest = [call.resized(timings[0].batch if timings else call.size) for call in calls]
         flops = _tolerated(problems, "count operations", lambda: _pair(_flops, largest))
         peak = _tolerated(problems, "measure memory", lambda: _pair(_peak_memory, largest))
-        slower, timed = _slower_layers(work, timings, ranks)
+        slower, timed = ([], 0) if scope.brief else _slower_layers(work, timings, ranks)
     return Speed(
         device=device_name(work.device),
         what=calls[0].what,
@@ -183,16 +204,18 @@ def _whole_parts(model: nn.Module) -> list[nn.Module]:
     return [model, *children]
 
 
-def _timings(work: Workspace, calls: list[_Call], one_of: int) -> tuple[list[Timing], list[str]]:
+def _timings(work: Workspace, calls: list[_Call], scope: Scope) -> tuple[list[Timing], list[str]]:
     """For every runtime the largest affordable batch, then a single sample."""
-    runtimes: list[Runtime] = ["eager", "compile"] if work.settings.speed == "compile" and one_of == 1 else ["eager"]
+    runtimes: list[Runtime] = (
+        ["eager", "compile"] if work.settings.speed == "compile" and not scope.brief else ["eager"]
+    )
     timings: list[Timing] = []
     problems: list[str] = []
-    large = _affordable(work, calls, SOLVE_SHARE / one_of)
+    large = scope.batch or _affordable(work, calls, SOLVE_SHARE * scope.share)
     for runtime in runtimes:
         for size in dict.fromkeys((large, 1)):
             what = f"time {runtime} at batch {size}"
-            found = _tolerated(problems, what, lambda: _timing(work, calls, runtime, size))  # noqa: B023 (called at once)
+            found = _tolerated(problems, what, lambda: _timing(work, calls, runtime, size, scope))  # noqa: B023 (called at once)
             timings += [] if found is None else [found]
     return timings, problems
 
@@ -211,7 +234,7 @@ def _affordable(work: Workspace, calls: list[_Call], share: float) -> int:
     return size
 
 
-def _timing(work: Workspace, calls: list[_Call], runtime: Runtime, size: int) -> Timing:
+def _timing(work: Workspace, calls: list[_Call], runtime: Runtime, size: int, scope: Scope) -> Timing:
     pair = [call.resized(size) for call in calls]
     if runtime == "compile":
         pair = [call.compiled() for call in pair]
@@ -221,7 +244,8 @@ def _timing(work: Workspace, calls: list[_Call], runtime: Runtime, size: int) ->
     if work.processes.size == 1:
         once = max(sum(call.seconds() for call in pair), 1e-9)
         repeats = max(1, math.ceil(2 * SHORTEST_SECONDS / once))
-        rounds = min(max(int(TIMING_SECONDS / (once * repeats)), FEWEST_ROUNDS), MOST_ROUNDS)
+        seconds_left = TIMING_SECONDS * (BRIEF if scope.brief else 1.0)
+        rounds = min(max(int(seconds_left / (once * repeats)), FEWEST_ROUNDS), MOST_ROUNDS)
     order, shuffle = [0, 1], random.Random(0)  # the user's random state stays as it is
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):

@@ -131,11 +131,15 @@ class Workspace:
         count = max(1, math.floor(self.memory / max(2 * self._pass_bytes, 1.0)))
         return itertools.islice(self.calibration, self.processes.share(count))
 
-    def copies_at_once(self, layers: Mapping[str, LayerStatistics]) -> int:
+    def copies_at_once(self, layers: Mapping[str, LayerStatistics], *, alone: bool = False) -> int:
         """How many compressed copies the compensation may fit in one go, besides the dense model's passes.
 
         Bounded by the memory of their passes, of the moments of one layer, and of the copies themselves, and by the
         number of threads. It is the same on all processes.
+
+        Args:
+            layers: those that are fitted.
+            alone: whether to count as if there were a single process.
         """
         batches = max(self.batches, 1)
         passes = self.memory / max(self._pass_bytes * batches, 1.0) - 1
@@ -149,7 +153,7 @@ class Workspace:
         )
         weights = float(sum(p.numel() * p.element_size() for p in self.model.parameters()))
         # the first process has the most batches
-        threads = MOST_RUNS / math.ceil(batches / self.processes.size) - 1
+        threads = MOST_RUNS / math.ceil(batches / (1 if alone else self.processes.size)) - 1
         return max(1, math.floor(min(passes, threads, self.memory / max(widest + weights, 1.0))))
 
     @property

@@ -14,6 +14,7 @@ from torch.nn import functional
 from lrf_lightning import StepOutput, compress, load_compressed
 from lrf_lightning.report_budgets import budgets_table
 from lrf_lightning.solver import joint
+from lrf_lightning.solver.point_models import PointModels
 from lrf_lightning.solver.speed import measure_speed
 from lrf_lightning.solver.workspace import Workspace
 from lrf_lightning.structure_hook import register_structure_hook
@@ -78,19 +79,23 @@ def test_a_point_is_what_a_solve_of_its_own_gives(trained, result):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_how_many_are_fitted_at_a_time_does_not_matter(trained, result, count, monkeypatch):
-    monkeypatch.setattr(Workspace, "copies_at_once", lambda self, layers: count)
+    monkeypatch.setattr(Workspace, "copies_at_once", lambda self, layers, **options: count)
     few = squeeze(trained)
     assert few.frontier == result.frontier
     assert all(same_models(few.at(budget).model, result.at(budget).model) for budget in BUDGETS)
 
 
 def test_every_point_is_timed(trained, monkeypatch):
-    timed = []
-    monkeypatch.setattr(
-        joint, "measure_speed", lambda *args, **options: timed.append(options) or measure_speed(*args, **options)
-    )
+    scopes = []
+
+    def timed(work, make, ranks, scope):
+        scopes.append(scope)
+        return measure_speed(work, make, ranks, scope)
+
+    monkeypatch.setattr(joint, "measure_speed", timed)
     found = squeeze(trained, speed="eager", tolerance=10.0, score_tolerance=1.0)
-    assert timed == [{}, *[{"one_of": len(BUDGETS)}] * (len(BUDGETS) - 1)]
+    assert [scope.brief for scope in scopes] == [True, True, True, False]
+    assert [scope.batch for scope in scopes] == [None, 16, 16, 16], "as large as of the first"
     assert found.frontier[-1].speed is found.speed, "the chosen model is not timed twice"
     for point in found.frontier:
         assert {timing.batch for timing in point.speed.timings} == {1, 16}
@@ -108,6 +113,16 @@ def test_every_point_is_timed(trained, monkeypatch):
     Console(file=output, width=200).print(budgets_table(found, wide=True))
     assert "x as fast, " in output.getvalue()
     assert f"{rows[-1]['speedup_batch_large']:.2f}" in output.getvalue()
+
+
+def test_a_point_that_cannot_be_built_for_its_timing_costs_nothing_else(trained, monkeypatch):
+    def refuse(self, ranks):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(PointModels, "build", refuse)
+    with pytest.warns(UserWarning, match=r"speed was not measured \(MemoryError: no room\)"):
+        found = squeeze(trained, speed="eager", budgets=(0.15, 0.13))
+    assert [point.speed for point in found.frontier] == [None, None]
 
 
 def test_little_memory_is_enough(trained):

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from lrf_lightning import Settings, StepOutput, compress
 from lrf_lightning.solver import frontier as frontier_module
+from lrf_lightning.solver.certificate import default_loss_margin
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.frontier import Frontier, _room
 from lrf_lightning.solver.joint import calibrated
@@ -189,20 +190,24 @@ def test_a_small_saving_is_found_where_the_first_share_saves_too_much(objective,
 
 
 def test_the_walk_of_a_large_model_ends_where_the_loss_is_hopeless(monkeypatch):
-    def walked(together, margin):
-        frontier = frontier_with({}, loss_margin=margin)
-        monkeypatch.setattr(type(frontier.work), "copies_at_once", lambda self, layers: together)
+    def walked(together, **settings):
+        frontier = frontier_with({}, **settings)
+        monkeypatch.setattr(type(frontier.work), "copies_at_once", lambda self, layers, **options: together)
         return frontier.walk()
 
-    every = walked(8, 0.002)
+    monkeypatch.setattr(frontier_module, "HOPELESS", 5.0)  # the loss of this network never rises by 10 margins
+    every = walked(8)
     assert len(every) == 8, "what is measured together is measured"
-    few = walked(2, 0.002)
+    few = walked(2)
     assert few == every[: len(few)]
-    hopeless = [point.loss_change - 3 * point.loss_change_error > 0.02 for point in few]
+    margin = default_loss_margin(every[0].loss - every[0].loss_change)
+    hopeless = [point.loss_change - 3 * point.loss_change_error > 5 * margin for point in few]
     assert not any(hopeless[:-2])
     assert any(hopeless[-2:])
     assert len(few) < 8
-    assert len(walked(1, 10.0)) == 8, "with such a margin nothing is"
+    assert len(walked(1, loss_margin=10.0)) == 8, "with such a margin nothing is"
+    assert len(walked(1, tolerance=10.0)) == 8, "nor with such a tolerance"
+    assert walked(2, loss_margin=0.0) == few, "no margin is no reason to give up at once"
 
 
 @pytest.mark.parametrize(
