@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -82,7 +82,7 @@ class Processes:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _named("an exchange"):
+        with _named("an exchange"), self._at_device():
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -91,7 +91,7 @@ class Processes:
         if self.size == 1:
             return value
         values = [value]
-        with _named("a broadcast"):
+        with _named("a broadcast"), self._at_device():
             dist.broadcast_object_list(values, self._global(0), group=self.group)
         return values[0]
 
@@ -128,8 +128,13 @@ class Processes:
         """
         if self.size == 1:
             return work()
+
+        def at_device() -> T:
+            with self._at_device():  # every thread has its own current device
+                return work()
+
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(work)
+            future = pool.submit(at_device)
             while True:
                 error: BaseException | None = None
                 try:
@@ -167,6 +172,10 @@ class Processes:
                 mine, theirs = first.get(name, "nothing"), other.get(name, "nothing")
                 if mine != theirs:
                     raise PeerError(f"{name} differs: {mine} on process 0, {theirs} on process {rank}. {hint}")
+
+    def _at_device(self) -> AbstractContextManager[Any]:
+        """Objects travel on the current device with NCCL, which no two processes may share."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)

@@ -1,0 +1,100 @@
+"""On a CUDA device: the solver against the CPU, the callback, mixed precision, and two processes on one device."""
+
+import copy
+import tempfile
+
+import pytest
+import torch
+from small_modules import QUICK, Classifier, clouds, loader, network, trainer
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch.nn import functional
+
+from lrf_lightning import LowRankCompression, compress, load_compressed
+
+DEVICE = "cuda"
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def loss(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def trained():
+    torch.manual_seed(0)
+    model, (x, y) = network(48), clouds(480)
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def solved(model, device, **options):
+    splits = [loader(seed=seed) for seed in (1, 2, 3)]
+    options = QUICK | {"objective": "budget", "keep": 0.4, "rank_multiple": 1} | options
+    return compress(model.to(device), loss, *splits, device=device, **options)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_the_same_model_as_on_the_cpu():
+    there, here = solved(trained(), DEVICE), solved(trained(), "cpu")
+    assert there.ranks == here.ranks
+    assert {parameter.device.type for parameter in there.model.parameters()} == {torch.device(DEVICE).type}
+    for name in there.ranks:
+        products = [result.model.get_submodule(name).to_dense().weight.detach().cpu() for result in (there, here)]
+        assert torch.linalg.norm(products[0] - products[1]) < 1e-4 * torch.linalg.norm(products[1])
+    assert there.certificate.loss_change.mean == pytest.approx(here.certificate.loss_change.mean, abs=1e-4)
+
+
+def test_all_points_of_a_frontier_are_timed():
+    found = solved(trained(), DEVICE, objective="frontier", budgets=(0.7, 0.4), rank_multiple=None)
+    for point in found.frontier:
+        assert all(rank % 8 == 0 for rank in point.ranks.values()), "tiles of the device"
+        assert len(point.speed.timings) == 2
+        assert all(used > size for used, size in zip(point.speed.peak_memory, point.speed.bytes_on_disk, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_callback(precision, tmp_path):
+    compression = LowRankCompression(objective="budget", keep=0.5, dirpath=tmp_path, strict=True, **QUICK)
+    module = Classifier(network(48))
+    run = trainer(callbacks=[compression], accelerator="gpu", devices=1, precision=precision)
+    run.fit(module, loader(), loader(960, seed=1))
+    assert compression.result.ranks
+    loaded = load_compressed(Classifier(network(48)), tmp_path).state_dict()
+    expected = compression.result.model.state_dict()
+    assert all(torch.equal(value, expected[name].cpu()) for name, value in loaded.items())
+
+
+def share(rank, world, model, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
+    splits = [list(loader(seed=seed))[rank::world] for seed in (1, 2, 3)]
+    options = QUICK | {"objective": "budget", "keep": 0.4, "rank_multiple": 1, "speed": "none"}
+    found = compress(model.to(DEVICE), loss, *splits, device=DEVICE, **options)
+    torch.save((found.ranks, found.model.cpu().state_dict()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds():
+    alone = solved(trained(), DEVICE, speed="none")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(share, (2, trained(), folder), nprocs=2, start_method="spawn")
+        found = [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+    assert found[0][0] == found[1][0] == alone.ranks
+    for name, value in found[0][1].items():
+        assert torch.equal(value, found[1][1][name])
+    x = clouds(seed=7)[0]
+    alone.model.cpu()
+    shared = copy.deepcopy(alone.model)
+    shared.load_state_dict(found[0][1])
+    torch.testing.assert_close(shared(x), alone.model(x), rtol=1e-3, atol=1e-4)
