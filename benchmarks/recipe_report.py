@@ -228,7 +228,7 @@ def _size_table(rows: Rows) -> list[str]:
         "with the outermost ends of the seeds' 95 % intervals, which are wide where other programs ran meanwhile.",
         "",
         f"| kept of the layers | parameters of the model | {' | '.join(NAMES.get(name, name) for name in CURVES)} "
-        "| test loss / score | FLOPs of the model | batch 1 | large batch |",
+        f"| test loss / {_test_score_name(rows)} | FLOPs of the model | batch 1 | large batch |",
         "|---" * (len(CURVES) + 6) + "|",
     ]
     for budget in budgets:
