@@ -224,8 +224,9 @@ def _size_table(rows: Rows) -> list[str]:
     lines = [
         f"At equal size: change of the loss / of the {_score_name(rows)} in {unit} on the verification split, means "
         "over the seeds, and how many of them are `better` or `not worse`. The last columns are about this package: "
-        "the same changes on the test split, operations of the model, and times as fast as the original in eager mode, "
-        "with the outermost ends of the seeds' 95 % intervals, which are wide where other programs ran meanwhile.",
+        "the same changes on the test split as far as it was run, operations of the model, and times as fast as the "
+        "original in eager mode, with the outermost ends of the seeds' 95 % intervals, which are wide where other "
+        "programs ran meanwhile.",
         "",
         f"| kept of the layers | parameters of the model | {' | '.join(NAMES.get(name, name) for name in CURVES)} "
         f"| test loss / {_test_score_name(rows)} | FLOPs of the model | batch 1 | large batch |",
