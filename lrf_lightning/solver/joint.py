@@ -304,7 +304,7 @@ def _timed(work: Workspace, choice: _Choice) -> tuple[Speed | None, list[Frontie
     if choice.models is None or work.settings.speed == "none":
         with work.stage("speed", 0):
             return measure_speed(work, lambda: choice.model, ranks), choice.points
-    models, scope = choice.models, Scope(share=1 / len(choice.points))
+    models, scope = choice.models, Scope(share=1 / max(len(choice.points), 1))
     chosen, points = None, []
     with work.stage("speed", len(choice.points)) as advance:
         for point in choice.points:

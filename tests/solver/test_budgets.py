@@ -115,6 +115,12 @@ def test_every_point_is_timed(trained, monkeypatch):
     assert f"{rows[-1]['speedup_batch_large']:.2f}" in output.getvalue()
 
 
+def test_a_budget_of_everything_leaves_no_point(trained):
+    found = squeeze(trained, speed="eager", budgets=(1.0,))
+    assert found.frontier == []
+    assert found.certificate.verdict == "unchanged"
+
+
 def test_a_point_that_cannot_be_built_for_its_timing_costs_nothing_else(trained, monkeypatch):
     def refuse(self, ranks):
         raise MemoryError("no room")
