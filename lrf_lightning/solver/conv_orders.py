@@ -38,12 +38,12 @@ from lrf_lightning.solver.factorization import (
     EIGEN,
     ENTRY,
     Factors,
+    Root,
     damped,
     decomposition_cost,
     divided,
     factorize,
     relative_traces,
-    roots,
 )
 from lrf_lightning.surgery import Candidate
 
@@ -84,9 +84,8 @@ def _weighted(target: Tensor, output_moment: Tensor | None, damping: float) -> T
     target = target.double()
     if output_moment is None:
         return target
-    root, _ = roots(damped(output_moment, damping))
-    root = root * relative_traces(output_moment)[..., None].sqrt()
-    return root * target if output_moment.dim() == 2 else root @ target
+    root = Root.of(damped(output_moment, damping), damping)
+    return root.times(target) * relative_traces(output_moment)[..., None].sqrt()
 
 
 def _truncated(
@@ -210,7 +209,7 @@ def best_order_cost(orders: Sequence[Candidate]) -> float:
         products = rows * read * (read + small)
         regression = width * (read * order.columns + width * read + order.rows * order.columns + 2 * order.rows * width)
         entries = order.columns**2 + width**2
-        cost += order.groups * (EIGEN / 2 * small**3 + products + regression + width**3 / 3 + ENTRY * entries)
+        cost += order.groups * (EIGEN * small**3 + products + regression + width**3 / 3 + ENTRY * entries)
     return cost
 
 

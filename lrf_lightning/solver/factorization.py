@@ -10,9 +10,11 @@ S^(1/2) T B T' S^(1/2)
 
     T_k = S^(-1/2) U U' S^(1/2) T
 
-so B is never inverted and may be singular; with n < m the roles of the sides change. Everything is computed in float64
-and in units in which moments and target have size 1, so the scale of the weights does not matter. A moment with one
-dimension less is a diagonal: that of a side so large (a vocabulary) that the whole matrix would not fit.
+so B is never inverted and may be singular; with n < m the roles of the sides change. Any R with R' R = S does as
+S^(1/2): damped moments are positive definite and have a Cholesky factor, for a tenth of the work of the symmetric root.
+Everything is computed in float64 and in units in which moments and target have size 1, so the scale of the weights does
+not matter. A moment with one dimension less is a diagonal: that of a side so large (a vocabulary) that the whole matrix
+would not fit.
 """
 
 from __future__ import annotations
@@ -25,20 +27,21 @@ from torch import Tensor
 __all__ = [
     "LARGEST_SIDE",
     "Factors",
+    "Root",
     "damped",
     "decomposition_cost",
     "divided",
     "factorize",
     "relative_traces",
-    "roots",
 ]
 
 # of a side beyond this only the diagonal of the moment is kept; a whole one takes 2 GiB here
 LARGEST_SIDE = 16384
 
 
-# time of both eigendecompositions per cubed side, and of passing over a moment per entry, in multiply-adds of products
-EIGEN, ENTRY = 22.0, 600.0
+# time of the eigendecomposition and of working with the root per cubed side, and of passing over a moment per entry, in
+# multiply-adds of products
+EIGEN, ENTRY = 15.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,9 @@ def factorize(
     outer = None if output_moment is None else damped(output_moment, damping)
     max_rank = min(rows, columns) if max_rank is None else max_rank
     if rows <= columns:
-        left, right, values = _by_rows(unit, inner, outer)
+        left, right, values = _by_rows(unit, inner, outer, damping)
     else:
-        back, front, values = _by_rows(unit.transpose(1, 2), outer, inner)
+        back, front, values = _by_rows(unit.transpose(1, 2), outer, inner, damping)
         left, right = front.transpose(1, 2), back.transpose(1, 2)
     for moment in (input_moment, output_moment):
         if moment is not None:
@@ -155,19 +158,16 @@ def _by_rows(
     target: Tensor,  # (g, m, n) with m <= n
     inner: Tensor | None,  # (g, n, n) or (g, n)
     outer: Tensor | None,  # (g, m, m) or (g, m)
+    damping: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gram = _times(target, inner) @ target.transpose(-1, -2)
     if outer is None:
         values, vectors = torch.linalg.eigh(gram)
         left, back = vectors, vectors
-    elif outer.dim() == 2:
-        root, inverse = roots(outer)
-        values, vectors = torch.linalg.eigh(root * gram * root.transpose(-1, -2))
-        left, back = inverse * vectors, root * vectors
     else:
-        root, inverse = roots(outer)
-        values, vectors = torch.linalg.eigh(root @ gram @ root)
-        left, back = inverse @ vectors, root @ vectors
+        root = Root.of(outer, damping)
+        values, vectors = torch.linalg.eigh(root.times(root.times(gram).transpose(-1, -2)))
+        left, back = root.divided(vectors), root.transposed(vectors)
     # below the rounding of the products nothing is known: count it as zero, so that the rank is the numerical one
     floor = values.amax(-1, keepdim=True) * target.shape[-1] * torch.finfo(values.dtype).eps
     singular_values = torch.where(values > floor, values, torch.zeros_like(values)).flip(-1).sqrt()
@@ -197,33 +197,67 @@ def divided(
     return torch.cholesky_solve(numerator.transpose(1, 2), lower).transpose(1, 2)
 
 
-def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric root and its pseudo-inverse, of shape (g, m, 1) for a diagonal; null directions stay null."""
-    if moment.dim() == 2:
-        return _diagonal_roots(moment)
-    values, vectors = torch.linalg.eigh(moment)
-    floor = values.amax(-1, keepdim=True) * moment.shape[-1] * torch.finfo(values.dtype).eps
-    alive = values > floor
-    root = torch.where(alive, values.clamp_min(0).sqrt(), torch.zeros_like(values))
-    inverse = torch.where(alive, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), torch.zeros_like(values))
-    return (vectors * root[..., None, :]) @ vectors.transpose(-1, -2), (
-        vectors * inverse[..., None, :]
-    ) @ vectors.transpose(-1, -2)
+@dataclass(frozen=True)
+class Root:
+    """A matrix R with R' R equal to a moment, of shape (g, m, m), as what it does to columns of shape (g, m, n).
 
+    Attributes:
+        root: the Cholesky factor R', the symmetric root R, or a diagonal of shape (g, m, 1).
+        inverse: the pseudo-inverse of the symmetric root or of the diagonal, None for a Cholesky factor.
+    """
 
-def _diagonal_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Root and pseudo-inverse of the root of a diagonal, each of shape (g, m, 1)."""
-    alive = moment > 0
-    root = moment.clamp_min(0).sqrt()
-    return root[..., None], torch.where(alive, 1 / torch.where(alive, root, 1.0), 0.0)[..., None]
+    root: Tensor
+    inverse: Tensor | None = None
+
+    @classmethod
+    def of(cls, moment: Tensor, damping: float) -> Root:
+        """A root of a moment with mean eigenvalue 1 and none below ``damping``, or of a diagonal of shape (g, m).
+
+        Without damping there may be null directions, which stay null: that takes the symmetric root.
+        """
+        if moment.dim() == 2:
+            alive = moment > 0
+            root = moment.clamp_min(0).sqrt()
+            return cls(root[..., None], torch.where(alive, 1 / torch.where(alive, root, 1.0), 0.0)[..., None])
+        epsilon, side = torch.finfo(moment.dtype).eps, moment.shape[-1]
+        if damping > side**2 * epsilon:  # above the rounding of the largest eigenvalue that there can be, the trace
+            lower, failed = torch.linalg.cholesky_ex(moment)
+            if not bool(failed.any()):
+                return cls(lower)
+        values, vectors = torch.linalg.eigh(moment)
+        alive = values > values.amax(-1, keepdim=True) * side * epsilon
+        root = torch.where(alive, values.clamp_min(0).sqrt(), torch.zeros_like(values))
+        inverse = torch.where(alive, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), torch.zeros_like(values))
+        back = vectors.transpose(-1, -2)
+        return cls((vectors * root[..., None, :]) @ back, (vectors * inverse[..., None, :]) @ back)
+
+    def times(self, columns: Tensor) -> Tensor:
+        """R times some columns."""
+        return self.root.transpose(-1, -2) @ columns if self.inverse is None else self._product(self.root, columns)
+
+    def transposed(self, columns: Tensor) -> Tensor:
+        """R' times some columns."""
+        return self._product(self.root, columns)  # as it stands a Cholesky factor is R', and the others are symmetric
+
+    def divided(self, columns: Tensor) -> Tensor:
+        """R^(-1) times some columns."""
+        if self.inverse is None:
+            solved: Tensor = torch.linalg.solve_triangular(self.root.transpose(-1, -2), columns, upper=True)
+            return solved
+        return self._product(self.inverse, columns)
+
+    @staticmethod
+    def _product(root: Tensor, columns: Tensor) -> Tensor:
+        return root * columns if root.shape[-1] == 1 != root.shape[-2] else root @ columns
 
 
 def decomposition_cost(groups: int, rows: int, columns: int) -> float:
     """Estimated time of :func:`factorize`, in multiply-adds of matrix products, for sharing the work out.
 
-    Two eigendecompositions of the smaller side, products with the moments of both sides, and reading and writing of
-    both moments entry by entry, which dominates where one side is much wider than the other. The factors are measured
-    on one core of a CPU, see ``benchmarks/scaling.py``. The larger moment may be a diagonal.
+    An eigendecomposition of the smaller side and work with the root of its moment, products with the moments of both
+    sides, and reading and writing of both moments entry by entry, which dominates where one side is much wider than the
+    other. The factors are measured on one core of a CPU, see ``benchmarks/scaling.py``. The larger moment may be a
+    diagonal.
     """
     small, large = min(rows, columns), max(rows, columns)
     moment = large if large <= LARGEST_SIDE else 1

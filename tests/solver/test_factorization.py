@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrf_lightning.solver.factorization import damped, decomposition_cost, divided, factorize
+from lrf_lightning.solver.factorization import Root, damped, decomposition_cost, divided, factorize
 
 SHAPES = [(1, 5, 9), (1, 9, 5), (3, 4, 7), (4, 6, 3), (1, 6, 6), (1, 1, 8), (1, 8, 1)]
 METRICS = ["euclidean", "activation", "fisher"]
@@ -82,12 +82,14 @@ def test_entries_that_were_never_seen_are_projected_like_the_others(damping):
     torch.testing.assert_close(product(factors, 2), basis @ basis.mT @ table.double())
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("metric", METRICS)
-def test_truncations_are_those_of_the_dense_decomposition(shape, metric):
+def test_truncations_are_those_of_the_dense_decomposition(shape, metric, damping):
     weight = torch.randn(shape, dtype=torch.float64)
     inputs, outputs = moments(shape, metric)
-    factors = factorize(weight, inputs, outputs)
+    factors = factorize(weight, inputs, outputs, damping=damping)
+    inputs, outputs = (side if side is None else damped(side, damping) for side in (inputs, outputs))
     for rank in range(1, min(shape[1:]) + 1):
         truth, _ = dense_truth(weight, inputs, outputs, rank)
         torch.testing.assert_close(product(factors, rank), truth, rtol=1e-7, atol=1e-9)
@@ -285,6 +287,52 @@ def test_the_estimated_cost_is_that_of_measured_shapes():
     assert decomposition_cost(2, 256, 64) == 2 * decomposition_cost(1, 64, 256)
     # of a vocabulary only a diagonal is kept
     assert decomposition_cost(1, 768, 30522) < 2 * decomposition_cost(1, 768, 3072)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-16, 1e-9, 1e-2, 1.0])
+@pytest.mark.parametrize("kind", ["full rank", "dead channels", "few samples", "one side"])
+def test_a_root_squares_to_the_moment(damping, kind):
+    groups, side = 3, 1 if kind == "one side" else 7
+    kwargs = {"dead channels": {"dead": 2}, "few samples": {"rows": 3}}.get(kind, {})
+    whole = damped(moment(groups, side, **kwargs), damping)
+    found, columns = Root.of(whole, damping), torch.randn(groups, side, 4, dtype=torch.float64)
+    squared = found.transposed(found.times(columns))
+    torch.testing.assert_close(squared, whole @ columns, rtol=1e-9, atol=1e-9)
+    visible = columns
+    if damping < 1e-9 and kwargs:  # null directions stay null
+        values, vectors = torch.linalg.eigh(whole)
+        alive = (values > 1e-9)[:, None, :].to(values.dtype)
+        assert 0 < alive.sum() < alive.numel()
+        visible = (vectors * alive) @ vectors.transpose(1, 2) @ columns
+    torch.testing.assert_close(found.divided(found.times(columns)), visible, rtol=1e-5, atol=1e-5)
+
+
+def test_the_root_of_a_diagonal_is_that_of_the_matrix():
+    diagonal = torch.tensor([[4.0, 0.0, 0.25], [1.0, 9.0, 0.0]], dtype=torch.float64)
+    columns = torch.randn(2, 3, 2, dtype=torch.float64)
+    found = Root.of(diagonal, 0.0)
+    roots, inverse = torch.diag_embed(diagonal.sqrt()), torch.diag_embed(torch.tensor([[0.5, 0, 2], [1, 1 / 3, 0]]))
+    for result in (found.times(columns), found.transposed(columns)):
+        torch.testing.assert_close(result, roots @ columns)
+    torch.testing.assert_close(found.divided(columns), inverse.double() @ columns, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_roots_of_large_damped_moments(threads):
+    """Several groups at once, as large as in a grouped convolution; damping spares the eigendecomposition."""
+    before, side = torch.get_num_threads(), 288
+    torch.manual_seed(0)
+    whole = damped(moment(4, side, rows=100), 1e-2)
+    columns = torch.randn(4, side, 32, dtype=torch.float64)
+    try:
+        torch.set_num_threads(threads)
+        found = Root.of(whole, 1e-2)
+        there, back = found.times(columns), found.divided(columns)
+    finally:
+        torch.set_num_threads(before)
+    assert found.inverse is None
+    torch.testing.assert_close(found.transposed(there), whole @ columns, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.times(back), columns, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
