@@ -26,7 +26,7 @@ from benchmarks.cost import Chain, loss, moment, tokens
 from benchmarks.results import write_section
 from lrf_lightning import compress
 from lrf_lightning.distributed import assigned
-from lrf_lightning.solver.conv_orders import best_order, best_order_cost
+from lrf_lightning.solver.conv_orders import decomposed, order_cost
 from lrf_lightning.solver.statistics import Moment
 from lrf_lightning.surgery import Candidate
 
@@ -45,6 +45,7 @@ def shaped(rows: int, columns: int, kernel: tuple[int, ...] = ()) -> Candidate:
 LINEAR = ((64, 64), (256, 256), (512, 512), (512, 2048), (768, 768), (768, 3072))
 CONVOLUTIONS = ((64, 576), (128, 1152), (256, 2304))
 LAYERS = (*(shaped(*sides) for sides in LINEAR), *(shaped(*sides, (3, 3)) for sides in CONVOLUTIONS))
+TASKS = tuple(order for layer in LAYERS for order in layer.orders())
 
 
 def main() -> None:
@@ -148,70 +149,68 @@ def _process(number: int, world: int, folder: str) -> None:
 
 def _cost_model() -> list[str]:
     torch.set_num_threads(1)
-    return cost_parts({layer: _seconds(layer) for layer in LAYERS})
-
-
-def _cost(layer: Candidate) -> float:
-    return best_order_cost(layer.orders())
+    return cost_parts({task: _seconds(task) for task in TASKS})
 
 
 def cost_parts(measured: Mapping[Candidate, float]) -> list[str]:
     """Measured seconds against estimates, and the simulation that follows from them."""
-    rate = statistics.median(seconds / _cost(layer) for layer, seconds in measured.items())
+    rate = statistics.median(seconds / order_cost(task) for task, seconds in measured.items())
     lines = [
-        "**The cost model of the decompositions** (`best_order_cost`), which decides who decomposes what, against "
-        "measured times; convolutions are decomposed in all orders of their factors. One multiply-add is taken for "
+        "**The cost model of the decompositions** (`order_cost`), which decides who decomposes what, against measured "
+        "times; every order of a convolution's factors is a task of its own. One multiply-add is taken for "
         f"{1e9 * rate:.3f} ns, the median.",
         "",
         "| layer | weight | measured, ms | estimated, ms | measured / estimated |",
         "|---|---|---|---|---|",
     ]
-    for layer, seconds in measured.items():
-        estimate = rate * _cost(layer)
-        shown = f"{layer.kind}{' ' + ' x '.join(map(str, layer.kernel)) if layer.kernel else ''}"
+    for task, seconds in measured.items():
+        estimate = rate * order_cost(task)
+        shown = " ".join([task.kind, " x ".join(map(str, task.kernel)), (task.order or "").replace("_", " ")])
         cells = [f"{1000 * seconds:.1f}", f"{1000 * estimate:.1f}", f"{seconds / estimate:.2f}"]
-        lines.append(f"| {shown} | {layer.rows} x {layer.columns} | {' | '.join(cells)} |")
+        lines.append(f"| {shown.strip()} | {task.rows} x {task.columns} | {' | '.join(cells)} |")
     return [
         "\n".join(lines),
         _simulation(rate, measured),
     ]
 
 
-def _seconds(layer: Candidate) -> float:
+def _seconds(task: Candidate) -> float:
     torch.manual_seed(0)
-    weight, moments = torch.randn(1, layer.rows, layer.columns), [moment(size) for size in (layer.columns, layer.rows)]
+    weight, moments = torch.randn(1, task.rows, task.columns), [moment(size) for size in (task.columns, task.rows)]
     times = []
     for _ in range(6):
         started = time.process_time()
-        best_order(layer.orders(), weight, *moments, damping=1e-2)
+        decomposed(task, weight, *moments, damping=1e-2)
         times.append(time.process_time() - started)
     return statistics.median(times[1:])
 
 
 def _simulation(rate: float, measured: Mapping[Candidate, float]) -> str:
     """The longest process under the assignment by estimates, with measured times where the shape was measured."""
-    errors = [seconds / (rate * _cost(layer)) for layer, seconds in measured.items()]
-    known = {_shape(layer): seconds for layer, seconds in measured.items()}
+    errors = [seconds / (rate * order_cost(task)) for task, seconds in measured.items()]
+    known = {_shape(task): seconds for task, seconds in measured.items()}
     lines = [
-        "**Simulated**: decompositions for the curves dealt out by longest processing time first as estimated. A layer "
-        "takes the time that was measured for its shape; layers of other shapes, which are all of those with a side "
-        "above 3072, take their estimate times one of the factors measured above, drawn at random. Efficiency is the "
-        "mean load over the largest; the critical path is the largest single decomposition, below which no number of "
-        "processes can go. One core of this machine per process. Not in it: the compensation, whose layers follow each "
-        "other and are solved one at a time whatever the number of processes.",
+        "**Simulated**: decompositions for the curves dealt out by longest processing time first as estimated, a "
+        "convolution once for every order of its factors. A task takes the time that was measured for its shape; those "
+        "of other shapes, which are all of those with a side above 3072, take their estimate times one of the factors "
+        "measured above, drawn at random. Efficiency is the mean load over the largest; the critical path is the "
+        "largest single decomposition, below which no number of processes can go. One core of this machine per "
+        "process. Not in it: the compensation, whose layers follow each other and are solved one at a time whatever "
+        "the number of processes.",
         "",
-        "| model | layers | all, s | critical path, s | "
+        "| model | layers | tasks | all, s | critical path, s | "
         + " | ".join(f"{world} processes, s (efficiency)" for world in WORLDS)
         + " |",
-        "|---" * (4 + len(WORLDS)) + "|",
+        "|---" * (5 + len(WORLDS)) + "|",
     ]
     generator = torch.Generator().manual_seed(0)
     for name, layers in models().items():
-        estimates = [rate * _cost(layer) for layer in layers]
-        picks = torch.randint(len(errors), (len(layers),), generator=generator).tolist()
+        tasks = [order for layer in layers for order in layer.orders()]
+        estimates = [rate * order_cost(task) for task in tasks]
+        picks = torch.randint(len(errors), (len(tasks),), generator=generator).tolist()
         true = [
-            known.get(_shape(layer), estimate * errors[pick])
-            for layer, estimate, pick in zip(layers, estimates, picks, strict=True)
+            known.get(_shape(task), estimate * errors[pick])
+            for task, estimate, pick in zip(tasks, estimates, picks, strict=True)
         ]
         cells = []
         for world in WORLDS:
@@ -219,13 +218,16 @@ def _simulation(rate: float, measured: Mapping[Candidate, float]) -> str:
             for seconds, owner in zip(true, assigned(estimates, world), strict=True):
                 loads[owner] += seconds
             cells.append(f"{max(loads):.1f} ({100 * sum(loads) / world / max(loads):.0f} %)")
-        lines.append(f"| {name} | {len(layers)} | {sum(true):.1f} | {max(true):.1f} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {name} | {len(layers)} | {len(tasks)} | {sum(true):.1f} | {max(true):.1f} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
-def _shape(layer: Candidate) -> tuple[object, ...]:
+def _shape(task: Candidate) -> tuple[object, ...]:
     """What the time of a decomposition depends on; that of a matrix without a kernel is that of its transpose."""
-    return (layer.rows, layer.columns, layer.kernel) if layer.kernel else tuple(sorted((layer.rows, layer.columns)))
+    sides = task.rows, task.columns
+    return (*sides, task.kernel, task.split) if task.kernel else tuple(sorted(sides))
 
 
 def models() -> dict[str, list[Candidate]]:

@@ -143,7 +143,7 @@ def fails_to_decompose(rank, world, model):
         def broken(*args, **options):
             raise ArithmeticError("no convergence")
 
-        workspace.best_order = broken
+        workspace.decomposed = broken
     return fails_in_the_loss(rank, world, model, -1)
 
 

@@ -28,7 +28,6 @@ Letters as in :mod:`lrf_lightning.solver.rows`; moments are damped as in :mod:`l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -47,7 +46,7 @@ from lrf_lightning.solver.factorization import (
 )
 from lrf_lightning.surgery import Candidate
 
-__all__ = ["best_factors", "best_order", "best_order_cost", "layer_factors"]
+__all__ = ["best_factors", "decomposed", "layer_factors", "order_cost"]
 
 SHARES = (0.5, 0.25)  # of the dense layer's cost at which the orders are compared
 RIDGE = 1e-10  # keeps regressions on dead channels solvable
@@ -142,75 +141,62 @@ def best_factors(
     return Factors(left, right, factors.singular_values).truncated(rank)
 
 
-def best_order(
-    orders: Sequence[Candidate],
+def decomposed(
+    order: Candidate,
     target: Tensor,  # (g, m, n)
     input_moment: Tensor | None,
     output_moment: Tensor | None,
     *,
     damping: float,
-    costs: Sequence[float] | None = None,
-) -> tuple[Candidate, Factors]:
-    """The order that leaves the smallest error in the metric at equal cost, and its components.
+    cost: float | None = None,
+) -> tuple[float, Factors]:
+    """All components of a layer in one order, and a score to compare orders by, the lower the better.
 
-    Compared are the mean logarithms of the errors at a half and a quarter of the dense layer's cost.
+    The score is the sum of the logarithms of the relative squared errors in the metric at a half and a quarter of the
+    dense layer's cost.
 
     Args:
-        orders: the layer in the orders that come into question.
+        order: the layer with an order of its factors.
         target: its weight.
         input_moment: None for the identity.
         output_moment: None for the identity.
         damping: see :func:`~lrf_lightning.solver.factorization.factorize`.
-        costs: what one component costs in every order, as a share of the dense layer; by default in parameters.
+        cost: what one component costs, as a share of the dense layer; by default in parameters.
     """
-    costs = [order.low_rank_params(1) / order.dense_params for order in orders] if costs is None else costs
-    found: list[tuple[float, Candidate, Factors]] = []
-    weighted, inputs = None, None  # the same for all orders
-    for order, cost in zip(orders, costs, strict=True):
-        if order.split is None:
-            factors = factorize(target, input_moment, output_moment, damping=damping, max_rank=order.max_rank)
-            errors = factors.relative_tail().square()
-        else:
-            weighted = _weighted(target, output_moment, damping) if weighted is None else weighted
-            factors, left = _truncated(order, target, weighted, input_moment, damping, order.max_rank)
-            errors = factors.relative_tail().square()
-            if _is_regressed(order, input_moment):
-                assert input_moment is not None
-                if inputs is None:
-                    inputs = damped(input_moment, damping) * relative_traces(input_moment)[..., None]
-                truncated, errors = _errors(weighted, left, factors.right, inputs, order.left_kernel)
-                factors = replace(factors, gains=(errors / truncated).clamp_max(1.0))
-        ranks = [min(int(share / cost), len(errors)) for share in SHARES]
-        # without a component everything is lost
-        score = sum(math.log(max(float(errors[rank - 1]), SMALLEST_ERROR)) for rank in ranks if rank > 0)
-        found.append((score, order, factors))
-    _, order, factors = min(found, key=lambda item: item[0])
-    return order, factors
+    if order.split is None:
+        factors = factorize(target, input_moment, output_moment, damping=damping, max_rank=order.max_rank)
+        errors = factors.relative_tail().square()
+    else:
+        weighted = _weighted(target, output_moment, damping)
+        factors, left = _truncated(order, target, weighted, input_moment, damping, order.max_rank)
+        errors = factors.relative_tail().square()
+        if _is_regressed(order, input_moment):
+            assert input_moment is not None
+            inputs = damped(input_moment, damping) * relative_traces(input_moment)[..., None]
+            truncated, errors = _errors(weighted, left, factors.right, inputs, order.left_kernel)
+            factors = replace(factors, gains=(errors / truncated).clamp_max(1.0))
+    cost = order.low_rank_params(1) / order.dense_params if cost is None else cost
+    ranks = [min(int(share / cost), len(errors)) for share in SHARES]
+    # without a component everything is lost
+    return sum(math.log(max(float(errors[rank - 1]), SMALLEST_ERROR)) for rank in ranks if rank > 0), factors
 
 
-def best_order_cost(orders: Sequence[Candidate]) -> float:
-    """Estimated time of :func:`best_order`, in multiply-adds of matrix products, for sharing the work out.
+def order_cost(order: Candidate) -> float:
+    """Estimated time of :func:`decomposed`, in multiply-adds of matrix products, for sharing the work out.
 
     The kernel first is one :func:`~lrf_lightning.solver.factorization.factorize`. Another order takes one
     eigendecomposition of the smaller side of its matrix, passes over the moment of the patches entry by entry, and the
     products and the Cholesky decomposition of the regression at all ranks. See ``benchmarks/scaling.py`` for measured
     times.
-
-    Args:
-        orders: the layer in the orders that come into question.
     """
-    cost = 0.0
-    for order in orders:
-        if order.split is None:
-            cost += decomposition_cost(order.groups, order.rows, order.columns)
-            continue
-        (rows, read), width = order.sides, order.max_rank * order.left_kernel
-        small = min(rows, read)
-        products = rows * read * (read + small)
-        regression = width * (read * order.columns + width * read + order.rows * order.columns + 2 * order.rows * width)
-        entries = order.columns**2 + width**2
-        cost += order.groups * (EIGEN * small**3 + products + regression + width**3 / 3 + ENTRY * entries)
-    return cost
+    if order.split is None:
+        return decomposition_cost(order.groups, order.rows, order.columns)
+    (rows, read), width = order.sides, order.max_rank * order.left_kernel
+    small = min(rows, read)
+    products = rows * read * (read + small)
+    regression = width * (read * order.columns + width * read + order.rows * order.columns + 2 * order.rows * width)
+    entries = order.columns**2 + width**2
+    return order.groups * (EIGEN * small**3 + products + regression + width**3 / 3 + ENTRY * entries)
 
 
 def _is_regressed(candidate: Candidate, input_moment: Tensor | None) -> bool:

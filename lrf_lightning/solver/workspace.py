@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes, assigned
 from lrf_lightning.modules import LowRankModule
-from lrf_lightning.solver.conv_orders import best_factors, best_order, best_order_cost
+from lrf_lightning.solver.conv_orders import best_factors, decomposed, order_cost
 from lrf_lightning.solver.curves import Prediction
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
 from lrf_lightning.solver.factorization import Factors
@@ -194,33 +194,40 @@ class Workspace:
     def factorized(self, layers: Mapping[str, LayerStatistics], advance: Callable[[], None]) -> dict[str, Factors]:
         """Components of some layers in the metric; every process decomposes its share and sends it to the others.
 
-        Convolutions get the better order of their factors.
+        Convolutions get the best order of their factors, each of which is a task of its own.
         """
-        names, owners = list(layers), self.owners(layers)
-        own: dict[str, Factors] = {}
-        orders: dict[str, Candidate] = {}
-        gains: dict[str, Tensor | None] = {}
+        orders = {name: layer.candidate.orders(self.settings.conv_order) for name, layer in layers.items()}
+        costs = {(name, order.split): order_cost(order) for name, found in orders.items() for order in found}
+        owners = dict(zip(costs, assigned(costs.values(), self.processes.size), strict=True))
+        own: dict[str, tuple[float, Factors]] = {}  # of the best order of those that are decomposed here
+        found_here: dict[tuple[str, int | None], tuple[float, Tensor | None]] = {}  # scores and gains
 
         def decompose() -> None:
-            for name in names:
-                if owners[name] == self.processes.rank:
-                    orders[name], own[name] = self._decomposed(layers[name])
+            for name, layer in layers.items():
+                for order in orders[name]:
+                    if owners[name, order.split] == self.processes.rank:
+                        score, factors = self._decomposed(layer, order, alone=len(orders[name]) == 1)
+                        found_here[name, order.split] = score, factors.gains
+                        if name not in own or score < own[name][0]:
+                            own[name] = score, factors
                 advance()
 
         self.processes.patiently("the factorization", decompose)
-        for found in self.processes.gather({name: (order.split, own[name].gains) for name, order in orders.items()}):
-            for name, (split, gains[name]) in found.items():
-                layers[name].set_order(split)
-        sent = {name: self._sent(own.get(name), layers[name].candidate, owners[name]) for name in names}
-        return {name: replace(factors, gains=gains[name]) for name, factors in sent.items()}
+        known = {task: found for part in self.processes.gather(found_here) for task, found in part.items()}
+        result = {}
+        for name, layer in layers.items():
+            best = min(((name, order.split) for order in orders[name]), key=lambda task: known[task][0])
+            layer.set_order(best[1])
+            factors = own[name][1] if owners[best] == self.processes.rank else None
+            result[name] = replace(self._sent(factors, layer.candidate, owners[best]), gains=known[best][1])
+        return result
 
-    def _decomposed(self, layer: LayerStatistics) -> tuple[Candidate, Factors]:
-        settings, candidate = self.settings, layer.candidate
+    def _decomposed(self, layer: LayerStatistics, order: Candidate, *, alone: bool) -> tuple[float, Factors]:
+        settings = self.settings
         inputs = None if settings.metric == "euclidean" else layer.inputs.mean
         outputs = layer.gradients.mean if settings.metric == "fisher" else None
-        orders = candidate.orders(settings.conv_order)
-        costs = [self._cost_of_component(layer, order) for order in orders] if len(orders) > 1 else None
-        return best_order(orders, candidate.matrices(), inputs, outputs, damping=settings.damping, costs=costs)
+        cost = None if alone else self._cost_of_component(layer, order)
+        return decomposed(order, order.matrices(), inputs, outputs, damping=settings.damping, cost=cost)
 
     def _cost_of_component(self, layer: LayerStatistics, order: Candidate) -> float:
         """What one component costs in an order, as a share of the dense layer, in the unit of the setting ``cost``."""
@@ -243,8 +250,8 @@ class Workspace:
         return candidate.stand_in(*best)
 
     def owners(self, layers: Mapping[str, LayerStatistics]) -> dict[str, int]:
-        """The process that decomposes each layer, in all orders of its factors that come into question."""
-        costs = [best_order_cost(layer.candidate.orders(self.settings.conv_order)) for layer in layers.values()]
+        """The process that decomposes each layer, in the order of its factors that was chosen."""
+        costs = [order_cost(layer.candidate) for layer in layers.values()]
         return dict(zip(layers, assigned(costs, self.processes.size), strict=True))
 
     def _sent(self, factors: Factors | None, candidate: Candidate, source: int) -> Factors:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrf_lightning import StepOutput, compress, load_compressed
-from lrf_lightning.solver.conv_orders import best_factors, best_order, layer_factors
+from lrf_lightning.solver.conv_orders import best_factors, decomposed, layer_factors
 from lrf_lightning.solver.factorization import damped
 from lrf_lightning.surgery import find_layers
 
@@ -25,6 +25,16 @@ def candidate(groups=1, channels_in=8, channels_out=6, kernel=(3, 2), split=0):
 
 def every(layer):
     return [replace(layer, split=split) for split in (None, 0, 1)]
+
+
+def best_order(orders, target, inputs, outputs, *, damping, costs=None):
+    """The order with the lowest score, and its components."""
+    found = [
+        (*decomposed(order, target, inputs, outputs, damping=damping, cost=cost), order)
+        for order, cost in zip(orders, costs or [None] * len(orders), strict=True)
+    ]
+    _, factors, order = min(found, key=lambda item: item[0])
+    return order, factors
 
 
 def moment(groups, size, seed=0, rows=None):
