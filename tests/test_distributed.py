@@ -64,6 +64,24 @@ def solved(rank, world, model, counts, options):
     return result.ranks, products, repr(result.frontier), repr(figures)
 
 
+def images(count, seed):
+    """Batches of twelve images whose eight channels are mixtures of four, the last one short."""
+    generator = torch.Generator().manual_seed(seed)
+    few = torch.randn(12 * count - 5, 4, 6, 6, generator=generator)
+    x = torch.einsum("cs,nshw->nchw", torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), few)
+    return list(zip(x.split(12), x.mean((1, 2, 3)).gt(0).long().split(12), strict=True))
+
+
+def solved_with_convolutions(rank, world, model):
+    """Ranks with the order of the factors, what the factorized layers do, and the frontier."""
+    shares = [images(count, seed)[rank::world] for seed, count in enumerate((5, 3, 4), start=1)]
+    result = compress(model, loss, *shares, **QUICK, objective="budget", keep=0.5)
+    orders = {layer.name: (layer.rank, layer.order) for layer in result.layers if layer.rank is not None}
+    example = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(5))
+    outputs = {name: result.model.get_submodule(name)(example).detach() for name in orders if name != "6"}
+    return orders, outputs, repr(result.frontier), repr(result.certificate.loss_change)
+
+
 def numbers(text):
     """The numbers in a text, and the text without them."""
     from re import findall, sub
@@ -102,6 +120,16 @@ class TestSolve:
         expected = solved(0, 1, trained, (6, 5, 4), options)
         for world in WORLDS:
             assert_same_solution(run_together(solved, world, trained, (6, 5, 4), options), expected)
+
+    def test_convolutions_get_the_same_orders(self):
+        """Every order is decomposed by a process of its own."""
+        torch.manual_seed(0)
+        convolutions = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, (1, 3), groups=2), nn.ReLU()
+        model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 2))
+        expected = solved_with_convolutions(0, 1, model)
+        assert {order for _, order in expected[0].values()} & {"pointwise_first", "spatial_split"}
+        for world in WORLDS[1:]:
+            assert_same_solution(run_together(solved_with_convolutions, world, model), expected)
 
     def test_processes_without_a_batch(self, trained):
         options = {"objective": "budget"}
