@@ -14,8 +14,9 @@ from torch import nn
 
 from lrf_lightning.solver.allocation import RanksKey, ranks_key
 from lrf_lightning.solver.certificate import certify, temperatures
+from lrf_lightning.solver.choice import choose_among
 from lrf_lightning.solver.evaluation import Outcome
-from lrf_lightning.solver.frontier import Frontier, choose_among
+from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.pareto import marked
 from lrf_lightning.solver.result import Certificate, FrontierPoint
 

@@ -17,7 +17,7 @@ from lrf_lightning.solver.intervals import mean_interval, paired_interval, tango
 from lrf_lightning.solver.result import Certificate, Interval, Verdict
 from lrf_lightning.solver.settings import Settings
 
-__all__ = ["certify", "default_loss_margin", "fit_temperature", "temperatures"]
+__all__ = ["certify", "fit_temperature", "temperatures"]
 
 
 def certify(
@@ -48,7 +48,7 @@ def certify(
     before, after = dense.measurement(), compressed.measurement()
     if not math.isfinite(before.loss):
         raise ValueError(f"the loss of the original model on verification is {before.loss}; it must be finite")
-    loss_margin = default_loss_margin(before.loss) if settings.loss_margin is None else settings.loss_margin
+    loss_margin = settings.loss_margin_of(before.loss)
     loss_change = mean_interval(compressed.losses - dense.losses, dense.weights, settings.confidence)
     score_change = None
     if dense.scores is not None and compressed.scores is not None:
@@ -79,11 +79,6 @@ def certify(
         temperature=None if temperatures is None or scaled[0] is None else temperatures[0],
         scaled_compressed_loss=scaled[1],
     )
-
-
-def default_loss_margin(dense_loss: float) -> float:
-    """The larger of 2 % of the original's loss and 0.005."""
-    return max(0.02 * abs(dense_loss), 0.005)
 
 
 def temperatures(dense: Outcome, compressed: Outcome) -> tuple[float, float] | None:

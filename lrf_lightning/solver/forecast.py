@@ -16,7 +16,6 @@ from torch import nn
 
 from lrf_lightning.solver.allocation import Option, path
 from lrf_lightning.solver.calibration import calibrate
-from lrf_lightning.solver.certificate import default_loss_margin
 from lrf_lightning.solver.evaluation import Batches, LossFunction, evaluate
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.workspace import Workspace
@@ -64,8 +63,7 @@ def forecast(
     work = Workspace(model, loss, {"calibration": batches}, device, settings, lambda *_: None)
     dense = evaluate(model, loss, batches, device, split="calibration").measurement()
     calibrate(work, candidates)
-    margin = default_loss_margin(dense.loss) if settings.loss_margin is None else settings.loss_margin
-    limit = settings.tolerance + margin / 2
+    limit = settings.tolerance + settings.loss_margin_of(dense.loss) / 2
     options = {name: _options(work, name) for name in work.layers}
     fitting = [allocation for allocation in path(options) if allocation.change <= limit]
     smallest = min(fitting, key=lambda allocation: allocation.cost)

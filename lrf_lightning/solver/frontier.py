@@ -1,7 +1,7 @@
-"""Measured points between the dense model and a tiny one, and the choice among them.
+"""Measured points between the dense model and a tiny one.
 
-Every point is an allocation for a share of the cost, built with compensation and measured on the selection split. What
-is chosen is judged later, on the verification split.
+Every point is an allocation for a share of the cost, built with compensation and measured on the selection split.
+:mod:`lrf_lightning.solver.choice` chooses among them.
 
 A predicted gain of the loss may be real, or the sum of what chance and an ill-scaled output promise in many layers. So
 where it makes a difference two allocations are measured for a share: one that believes no gain, and one that believes
@@ -14,22 +14,21 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
 
 from lrf_lightning.solver.allocation import Option, RanksKey, allocate, cheapest, ranks_key
 from lrf_lightning.solver.batch_norm import renormalized
-from lrf_lightning.solver.certificate import default_loss_margin
 from lrf_lightning.solver.compensation import fit_layers
 from lrf_lightning.solver.evaluation import Outcome
+from lrf_lightning.solver.intervals import paired_change, paired_error
 from lrf_lightning.solver.result import FrontierPoint
-from lrf_lightning.solver.settings import Settings
+from lrf_lightning.solver.settings import Settings, default_loss_margin
 from lrf_lightning.solver.statistics import LayerStatistics, memory_groups
 from lrf_lightning.solver.workspace import Curve, Workspace
 
-__all__ = ["Frontier", "choose_among", "choose_compact", "choose_lossless"]
+__all__ = ["Frontier"]
 
 LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
 # paired standard errors by which a believed gain must show: every share is another chance to be fooled, by the same few
@@ -162,12 +161,12 @@ class Frontier:
         """Whether a loss on the selection split is surely lower than another, and the score no lower than a tie."""
         if not torch.isfinite(other.losses).all() or len(outcome.losses) < FEWEST_PAIRS:
             return bool(torch.isfinite(outcome.losses).all() and not torch.isfinite(other.losses).all())
-        change, error = _paired_change(outcome.losses, other.losses, outcome.weights)
+        change, error = paired_change(outcome.losses, other.losses, outcome.weights)
         if not change + PROOF * error < 0:
             return False
         if outcome.scores is None or other.scores is None:
             return True
-        change, error = _paired_change(outcome.scores, other.scores, outcome.weights)
+        change, error = paired_change(outcome.scores, other.scores, outcome.weights)
         return change >= -self.work.settings.ties * error - 1e-12
 
     def build(self, ranks: Mapping[str, int]) -> nn.Module:
@@ -248,8 +247,9 @@ class Frontier:
         return self.points
 
     def _is_hopeless(self, point: FrontierPoint) -> bool:
-        margin = max(_loss_margin(self), default_loss_margin(self.dense.measurement().loss))
-        limit = self.work.settings.tolerance + HOPELESS * margin
+        settings, dense_loss = self.work.settings, self.dense.measurement().loss
+        margin = max(settings.loss_margin_of(dense_loss), default_loss_margin(dense_loss))
+        limit = settings.tolerance + HOPELESS * margin
         return math.isfinite(point.loss_change) and point.loss_change - PROOF * point.loss_change_error > limit
 
     def measure_shares(
@@ -284,10 +284,10 @@ class Frontier:
         work = self.work
         layers = work.layers.items()
         measured, dense = outcome.measurement(), self.dense.measurement()
-        loss_error = _paired_error(outcome.losses - self.dense.losses, outcome.weights)
+        loss_error = paired_error(outcome.losses - self.dense.losses, outcome.weights)
         score_change, score_error = None, None
         if outcome.scores is not None and self.dense.scores is not None:
-            score_change, score_error = _paired_change(outcome.scores, self.dense.scores, outcome.weights)
+            score_change, score_error = paired_change(outcome.scores, self.dense.scores, outcome.weights)
         predictions = [(work.curves[name], rank - 1) for name, rank in ranks.items()]
         return FrontierPoint(
             keep=sum(work.cost(layer, ranks.get(name)) for name, layer in layers) / work.dense_cost,
@@ -308,92 +308,6 @@ class Frontier:
             score_change_error=score_error,
             within_range=all(bool(curve.allowed[i]) for curve, i in predictions),
         )
-
-
-def choose_compact(frontier: Frontier, dense_params: int) -> FrontierPoint | None:
-    """The smallest point that is not worse than the dense model on the selection split, None if there is none."""
-
-    def accept(point: FrontierPoint) -> bool:
-        return _qualifies(frontier, point, dense_params)
-
-    qualified = [point for point in frontier.walk() if accept(point)]
-    return frontier.refine(qualified[-1] if qualified else None, accept)
-
-
-def choose_lossless(frontier: Frontier, dense_params: int) -> FrontierPoint | None:
-    """The smallest point that ties with the lowest loss of all, the dense model included; None if there is none.
-
-    This is the one-standard-error rule (Breiman et al. 1984) for paired data.
-    """
-    points = [point for point in frontier.walk() if math.isfinite(point.loss)]
-    best = min(points, key=lambda point: point.loss, default=None)
-    dense_wins = best is None or best.loss >= frontier.dense.measurement().loss
-    reference = frontier.dense if best is None or dense_wins else frontier.outcome(best)
-
-    def accept(point: FrontierPoint) -> bool:
-        return _qualifies(frontier, point, dense_params, reference)
-
-    qualified = [point for point in points if accept(point)]
-    return frontier.refine(qualified[-1] if qualified else None, accept)
-
-
-def choose_among(frontier: Frontier, points: Sequence[FrontierPoint], dense_params: int) -> FrontierPoint | None:
-    """The smallest of the points that :func:`choose_compact` would accept, None if there is none."""
-    qualified = [point for point in points if _qualifies(frontier, point, dense_params)]
-    return min(qualified, key=lambda point: point.keep, default=None)
-
-
-def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, reference: Outcome | None = None) -> bool:
-    """Whether a point is smaller than the dense model and ties with it, or with another reference if one is given.
-
-    The loss may exceed the reference's, and the score may fall below the dense model's, by the tolerance and the noise:
-    ``ties`` paired standard errors, but never more than half the margin of the verdict, so that a small selection split
-    does not admit a bad model. Without another reference a change for the worse counts as a tie as well if its
-    confidence bound is inside half the margin; the other half is for the difference between the splits.
-    """
-    inside_margin, reference = reference is None, reference or frontier.dense
-    settings = frontier.work.settings
-    if not point.ranks or point.params_model >= dense_params or not math.isfinite(point.loss_change):
-        return False
-    outcome, margin = frontier.outcome(point), _loss_margin(frontier)
-    # the reference was found by looking for the lowest loss: its distance to the dense model is uncertain as well
-    doubt = _paired_error(reference.losses - frontier.dense.losses, outcome.weights)
-    error = max(_paired_error(outcome.losses - reference.losses, outcome.weights), doubt)
-    room = _room(settings, error, margin, inside_margin=inside_margin)
-    if point.loss - reference.measurement().loss > settings.tolerance + room:
-        return False
-    if point.score_change is None or point.score_change_error is None:
-        return True
-    room = _room(settings, point.score_change_error, settings.score_margin, inside_margin=inside_margin)
-    return point.score_change >= -settings.score_tolerance - room - 1e-12
-
-
-def _loss_margin(frontier: Frontier) -> float:
-    margin = frontier.work.settings.loss_margin
-    return default_loss_margin(frontier.dense.measurement().loss) if margin is None else margin
-
-
-def _room(settings: Settings, error: float, margin: float, *, inside_margin: bool) -> float:
-    """How far a figure may be off on the wrong side, given its standard error and the margin of the verdict."""
-    noise = min(settings.ties * error, margin / 2)
-    certain = margin / 2 - NormalDist().inv_cdf(settings.confidence) * error if inside_margin and settings.ties else 0.0
-    return max(noise, certain)
-
-
-def _paired_change(values: Tensor, others: Tensor, weights: Tensor) -> tuple[float, float]:
-    """Weighted mean of paired differences, and its standard error."""
-    differences = values - others
-    return float((differences * weights).sum() / weights.sum()), _paired_error(differences, weights)
-
-
-def _paired_error(differences: Tensor, weights: Tensor) -> float:
-    """Standard error of the weighted mean of paired differences, infinite for a single pair."""
-    pairs = len(differences)
-    if pairs < 2:
-        return math.inf
-    share = weights / weights.sum()
-    mean = (share * differences).sum()
-    return math.sqrt(float((share.square() * (differences - mean).square()).sum()) * pairs / (pairs - 1))
 
 
 def _weighed(curve: Curve, settings: Settings, *, gains: bool) -> Tensor:

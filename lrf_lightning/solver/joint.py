@@ -20,19 +20,21 @@ from lrf_lightning.solver.budgets import measure_budgets
 from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.certificate import certify, temperatures
 from lrf_lightning.solver.changes import changed_samples
+from lrf_lightning.solver.choice import choose_compact, choose_lossless
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome
-from lrf_lightning.solver.frontier import Frontier, choose_compact, choose_lossless
+from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.latency import measure_layers
+from lrf_lightning.solver.layer_results import layer_results
 from lrf_lightning.solver.paper import greedy_rank
 from lrf_lightning.solver.pareto import marked
 from lrf_lightning.solver.point_models import PointModels
-from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult, Solution
+from lrf_lightning.solver.result import FrontierPoint, LayerResult, Solution
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.speed import Scope, measure_speed
 from lrf_lightning.solver.speed_result import Speed
 from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Progress, Workspace
-from lrf_lightning.surgery import Candidate, Skipped, find_layers, is_matrix, prepare, settle
+from lrf_lightning.surgery import Candidate, Skipped, find_layers, prepare, settle
 
 __all__ = ["calibrated", "solve"]
 
@@ -224,7 +226,7 @@ def _choose_budgets(frontier: Frontier) -> _Choice:
     work, models = frontier.work, PointModels(frontier.work.model)
 
     def keep(point: FrontierPoint, model: nn.Module) -> None:
-        models.keep(point.ranks, model, _layer_results(work, point.ranks))
+        models.keep(point.ranks, model, layer_results(work, point.ranks))
 
     points, note = measure_budgets(frontier, keep)
     chosen = next((point for point in points if point.chosen), None)
@@ -275,7 +277,7 @@ def _solution(
     )
     settle(compressed)
     speed, points = _timed(work, choice)
-    layers = _layer_results(work, ranks)
+    layers = layer_results(work, ranks)
     work.seconds["total"] = time.perf_counter() - started
     return Solution(
         model=compressed,
@@ -324,61 +326,6 @@ def _built(models: PointModels, ranks: Mapping[str, int]) -> nn.Module:
     model = models.build(ranks)
     settle(model)
     return model
-
-
-def _layer_results(work: Workspace, ranks: dict[str, int]) -> list[LayerResult]:
-    layers = [_layer_result(work, layer, ranks) for layer in work.layers.values()]
-    return layers + [_skipped_result(work.model, skipped) for skipped in work.skipped]
-
-
-def _layer_result(work: Workspace, layer: LayerStatistics, ranks: dict[str, int]) -> LayerResult:
-    candidate, curve = layer.candidate, work.curves[layer.candidate.name]
-    rank = ranks.get(candidate.name)
-    prediction, latency = curve.prediction, work.latencies.get(candidate.name)
-    weight = candidate.module._parameters["weight"]
-    assert weight is not None
-    return LayerResult(
-        name=candidate.name,
-        kind=candidate.kind,
-        shape=tuple(weight.shape),
-        full_rank=candidate.full_rank,
-        order=candidate.order,
-        rank=rank,
-        params_before=candidate.dense_params,
-        params_after=candidate.dense_params if rank is None else candidate.low_rank_params(rank),
-        flops_before=layer.flops(None),
-        flops_after=layer.flops(rank),
-        latency_before=None if latency is None else latency.seconds(None),
-        latency_after=None if latency is None else latency.seconds(rank),
-        predicted_change=None if rank is None else float(curve.change[rank - 1]),
-        predicted_error=None if rank is None else float(prediction.standard_error[rank - 1]),
-        curve=LayerCurve(
-            ranks=list(range(1, len(curve.change) + 1)),
-            first_order=prediction.first_order.tolist(),
-            standard_error=prediction.standard_error.tolist(),
-            curvature=prediction.curvature.tolist(),
-            predicted=curve.change.tolist(),
-            perturbation=prediction.perturbation.tolist(),
-            allowed=curve.allowed.tolist(),
-            singular_values=curve.spectrum.tolist(),
-            probes=[(p.ranks[candidate.name], p.predicted, p.measured, p.standard_error) for p in curve.probes],
-            probed_with=[name for probe in curve.probes[:1] for name in probe.ranks if name != candidate.name],
-        ),
-    )
-
-
-def _skipped_result(model: nn.Module, skipped: Skipped) -> LayerResult:
-    module = model.get_submodule(skipped.name)
-    # lazy and packed weights have no size yet, or none that counts
-    matrices = {
-        name: parameter
-        for name, parameter in module._parameters.items()
-        if is_matrix(parameter) and not isinstance(parameter, nn.parameter.UninitializedParameter)
-    }
-    weight = matrices.get("weight")
-    shape = () if weight is None else tuple(weight.shape)
-    count = sum(parameter.numel() for parameter in matrices.values() if parameter is not None)
-    return LayerResult(skipped.name, skipped.kind, shape, 0, None, count, count, reason=skipped.reason)
 
 
 def _latencies(work: Workspace, ranks: dict[str, int]) -> tuple[float, float] | None:

@@ -23,6 +23,7 @@ __all__ = [
     "Prediction",
     "Settings",
     "SpeedRuntime",
+    "default_loss_margin",
 ]
 
 Objective = Literal["lossless", "compact", "budget", "frontier", "paper"]
@@ -175,11 +176,20 @@ class Settings:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
 
+    def loss_margin_of(self, dense_loss: float) -> float:
+        """The margin of the loss, which by default depends on the original's; see :func:`default_loss_margin`."""
+        return default_loss_margin(dense_loss) if self.loss_margin is None else self.loss_margin
+
     @property
     def layer_choice(self) -> dict[str, Any]:
         """The settings that say which layers are looked at, as arguments of ``surgery.find_layers``."""
         names = ("include", "exclude", "types", "exclude_types", "predicate", "frozen", "min_params", "conv_order")
         return {name: getattr(self, name) for name in names}
+
+
+def default_loss_margin(dense_loss: float) -> float:
+    """The larger of 2 % of the original's loss and 0.005."""
+    return max(0.02 * abs(dense_loss), 0.005)
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

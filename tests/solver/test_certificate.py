@@ -10,10 +10,10 @@ import torch
 from scipy import optimize
 from torch.nn import functional
 
-from lrf_lightning.solver.certificate import certify, default_loss_margin, fit_temperature
+from lrf_lightning.solver.certificate import certify, fit_temperature
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.intervals import bootstrap_bound, student_quantile, tango_interval
-from lrf_lightning.solver.settings import Settings
+from lrf_lightning.solver.settings import Settings, default_loss_margin
 
 POSITIVE = ("better", "not worse")
 TRIALS = 2000

@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import Settings, StepOutput, compress
+from lrf_lightning.solver import choice
 from lrf_lightning.solver import frontier as frontier_module
-from lrf_lightning.solver.certificate import default_loss_margin
 from lrf_lightning.solver.evaluation import Outcome
-from lrf_lightning.solver.frontier import Frontier, _room
+from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.joint import calibrated
+from lrf_lightning.solver.settings import default_loss_margin
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ from lrf_lightning.solver.joint import calibrated
     ],
 )
 def test_room_for_a_change_for_the_worse(error, inside_margin, ties, room):
-    assert _room(Settings(ties=ties), error, 0.01, inside_margin=inside_margin) == pytest.approx(room, rel=1e-6)
+    assert choice._room(Settings(ties=ties), error, 0.01, inside_margin=inside_margin) == pytest.approx(room, rel=1e-6)
 
 
 def per_sample(model, batch):
@@ -175,7 +176,7 @@ def test_every_best_model_is_told_once_and_no_other():
 @pytest.mark.parametrize("objective", ["compact", "lossless"])
 def test_a_small_saving_is_found_where_the_first_share_saves_too_much(objective, monkeypatch):
     def saved(accepted):
-        monkeypatch.setattr(frontier_module, "_qualifies", lambda frontier, point, *others: accepted(point))
+        monkeypatch.setattr(choice, "_qualifies", lambda frontier, point, *others: accepted(point))
         options = {"objective": objective, "points": 2, "speed": "none"}
         found = compress(trained(), per_sample, split(1), split(2), split(3), **options)
         return found, 1 - found.params_layers[1] / found.params_layers[0]
