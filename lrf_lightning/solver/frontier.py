@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -241,9 +242,11 @@ class Frontier:
         last = max(SMALLEST_SHARE, lowest)
         shares = [first * (last / first) ** (i / (count - 1)) for i in range(count)]
         together = self.work.copies_at_once(self.work.layers, alone=True)
-        while shares and not any(self._is_hopeless(point) for point in self.points):
-            now, shares = shares[:together], shares[together:]
-            self.measure_shares(now)
+        rivals = [self.rivals(share) for share in shares]
+        with self._measuring(rivals) as advance:
+            while rivals and not any(self._is_hopeless(point) for point in self.points):
+                now, rivals = rivals[:together], rivals[together:]
+                self._best_of(now, advance=advance)
         return self.points
 
     def _is_hopeless(self, point: FrontierPoint) -> bool:
@@ -262,8 +265,11 @@ class Frontier:
             then: called with every point that is new, and its model.
         """
         rivals = [self.rivals(share) for share in shares]
-        with self.work.stage("frontier", len({ranks_key(ranks) for group in rivals for ranks in group})) as advance:
+        with self._measuring(rivals) as advance:
             return self._best_of(rivals, then, advance)
+
+    def _measuring(self, rivals: Sequence[Sequence[Mapping[str, int]]]) -> AbstractContextManager[Callable[[], None]]:
+        return self.work.stage("frontier", len({ranks_key(ranks) for group in rivals for ranks in group}))
 
     def refine(self, chosen: FrontierPoint | None, accept: Callable[[FrontierPoint], bool]) -> FrontierPoint | None:
         """Bisect between a point, None for the dense model, and the next smaller one for one that is accepted."""

@@ -211,6 +211,19 @@ def test_the_walk_of_a_large_model_ends_where_the_loss_is_hopeless(monkeypatch):
     assert walked(2, loss_margin=0.0) == few, "no margin is no reason to give up at once"
 
 
+@pytest.mark.parametrize("together", [8, 3])
+def test_the_progress_of_a_walk_counts_all_measurements_once(together, monkeypatch):
+    frontier = frontier_with({})
+    monkeypatch.setattr(type(frontier.work), "copies_at_once", lambda self, layers, **options: together)
+    shown = []
+    frontier.work.progress = lambda *figures: shown.append(figures)
+    frontier.walk()
+    counts = [(done, total) for stage, done, total in shown if stage == "frontier"]
+    total = len(frontier.measured)
+    assert total >= 8
+    assert counts == [(done, total) for done in range(total + 1)]
+
+
 @pytest.mark.parametrize(
     ("change", "score", "better"),
     [(-0.1, 0.0, True), (0.1, 0.0, False), (-0.001, 0.0, False), (-0.1, -0.5, False), (-0.1, 0.5, True)],
