@@ -30,7 +30,8 @@ from lrf_lightning.solver.evaluation import Outcome, evaluate
 from lrf_lightning.solver.factorization import damped
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.joint import calibrated
-from lrf_lightning.solver.statistics import LayerStatistics, collect_statistics
+from lrf_lightning.solver.layer_statistics import LayerStatistics
+from lrf_lightning.solver.statistics import collect_statistics
 from lrf_lightning.surgery import factorized, replace_module
 
 FOLDER = Path(__file__).parent

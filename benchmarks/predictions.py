@@ -28,7 +28,7 @@ from lrf_lightning.solver.evaluation import Outcome, evaluate
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.joint import calibrated
-from lrf_lightning.solver.statistics import LayerStatistics
+from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Workspace
 from lrf_lightning.surgery import replace_module
 

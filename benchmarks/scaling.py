@@ -27,7 +27,7 @@ from benchmarks.results import write_section
 from lrf_lightning import compress
 from lrf_lightning.distributed import assigned
 from lrf_lightning.solver.conv_orders import decomposed, order_cost
-from lrf_lightning.solver.statistics import Moment
+from lrf_lightning.solver.moments import Moment
 from lrf_lightning.surgery import Candidate
 
 FOLDER = Path(__file__).parent

@@ -33,9 +33,11 @@ from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.curves import Prediction
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.layer_input import LayerInput
+from lrf_lightning.solver.layer_statistics import LayerStatistics, TiedUse, empty_statistics
+from lrf_lightning.solver.moments import Moment
 from lrf_lightning.solver.probes import Probe
 from lrf_lightning.solver.settings import Settings
-from lrf_lightning.solver.statistics import LayerStatistics, Moment, RowSampler, TiedUse, empty_statistics
+from lrf_lightning.solver.statistics import RowSampler
 from lrf_lightning.solver.workspace import Curve, Workspace
 from lrf_lightning.surgery import Candidate, Skipped
 

@@ -18,6 +18,7 @@ from lrf_lightning.solver.curves import Prediction, Tails, component_derivatives
 from lrf_lightning.solver.evaluation import Outcome, batch_size, evaluate, evaluation_mode, to_device
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.hooks import observe_inputs
+from lrf_lightning.solver.layer_statistics import LayerStatistics, memory_groups
 from lrf_lightning.solver.probes import (
     LEVELS,
     Probe,
@@ -27,7 +28,7 @@ from lrf_lightning.solver.probes import (
     probe_groups,
     probe_ranks,
 )
-from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, memory_groups
+from lrf_lightning.solver.statistics import RowSampler
 from lrf_lightning.solver.workspace import Curve, Workspace, energy_curve, length
 from lrf_lightning.surgery import Candidate, Skipped
 

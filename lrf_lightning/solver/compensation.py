@@ -31,8 +31,10 @@ from lrf_lightning.solver.conv_orders import best_factors, layer_factors
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, to_device
 from lrf_lightning.solver.factorization import divided
 from lrf_lightning.solver.hooks import first_tensor
+from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.lockstep import Run, pause, runs
-from lrf_lightning.solver.statistics import LayerStatistics, Moment, RowSampler
+from lrf_lightning.solver.moments import Moment
+from lrf_lightning.solver.statistics import RowSampler
 from lrf_lightning.surgery import replace_module
 
 __all__ = ["can_be_fitted", "compensated_target", "fit_layers"]

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
+from lrf_lightning.solver.backward_passes import Use, backward_passes, scattered_loss, summed_loss
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.factorization import Factors
-from lrf_lightning.solver.statistics import LayerStatistics, Use, backward_passes, scattered_loss, summed_loss
+from lrf_lightning.solver.layer_statistics import LayerStatistics
 
 __all__ = [
     "Derivatives",

@@ -24,9 +24,9 @@ from lrf_lightning.solver.batch_norm import renormalized
 from lrf_lightning.solver.compensation import fit_layers
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.intervals import paired_change, paired_error
+from lrf_lightning.solver.layer_statistics import LayerStatistics, memory_groups
 from lrf_lightning.solver.result import FrontierPoint
 from lrf_lightning.solver.settings import Settings, default_loss_margin
-from lrf_lightning.solver.statistics import LayerStatistics, memory_groups
 from lrf_lightning.solver.workspace import Curve, Workspace
 
 __all__ = ["Frontier"]

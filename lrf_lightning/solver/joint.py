@@ -25,6 +25,7 @@ from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.latency import measure_layers
 from lrf_lightning.solver.layer_results import layer_results
+from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.paper import greedy_rank
 from lrf_lightning.solver.pareto import marked
 from lrf_lightning.solver.point_models import PointModels
@@ -32,7 +33,6 @@ from lrf_lightning.solver.result import FrontierPoint, LayerResult, Solution
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.speed import Scope, measure_speed
 from lrf_lightning.solver.speed_result import Speed
-from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Progress, Workspace
 from lrf_lightning.surgery import Candidate, Skipped, find_layers, prepare, settle
 

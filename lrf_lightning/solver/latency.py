@@ -33,7 +33,7 @@ from lrf_lightning import latency_cache
 from lrf_lightning.distributed import Processes
 from lrf_lightning.modules.base import memory_format
 from lrf_lightning.solver.layer_input import LayerInput
-from lrf_lightning.solver.statistics import LayerStatistics, TiedUse
+from lrf_lightning.solver.layer_statistics import LayerStatistics, TiedUse
 from lrf_lightning.surgery import Candidate
 from lrf_lightning.surgery.kinds import low_rank_type
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.result import LayerCurve, LayerResult
-from lrf_lightning.solver.statistics import LayerStatistics
 from lrf_lightning.solver.workspace import Workspace
 from lrf_lightning.surgery import Skipped, is_matrix
 

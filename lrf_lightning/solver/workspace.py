@@ -20,9 +20,10 @@ from lrf_lightning.solver.curves import Prediction
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.latency import LayerLatency, ratio_at
+from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.probes import Probe
 from lrf_lightning.solver.settings import Settings
-from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
+from lrf_lightning.solver.statistics import RowSampler, collect_statistics
 from lrf_lightning.surgery import Candidate, Skipped
 
 # paused passes that are alive at a time, each in a thread of its own

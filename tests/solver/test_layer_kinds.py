@@ -11,11 +11,12 @@ from torch.testing import assert_close
 
 from lrf_lightning import compress
 from lrf_lightning.modules import LowRankModule, SplitAttention
-from lrf_lightning.solver import statistics
+from lrf_lightning.solver import layer_statistics
 from lrf_lightning.solver.curves import component_derivatives
 from lrf_lightning.solver.factorization import factorize
+from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.rows import row_reader
-from lrf_lightning.solver.statistics import LayerStatistics, RowSampler, collect_statistics
+from lrf_lightning.solver.statistics import RowSampler, collect_statistics
 from lrf_lightning.structure_hook import splits_in
 from lrf_lightning.surgery import find_layers, set_structure
 
@@ -269,7 +270,7 @@ def test_a_tied_table_stays_tied():
 
 
 def test_only_the_diagonal_is_kept_of_a_side_that_is_too_large(monkeypatch):
-    monkeypatch.setattr(statistics, "LARGEST_SIDE", 20)
+    monkeypatch.setattr(layer_statistics, "LARGEST_SIDE", 20)
     make, inputs, _ = MODELS["tied_table"]
     _, result, _ = solved(make, inputs, objective="budget", keep=0.6)
     assert result.ranks
