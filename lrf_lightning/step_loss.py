@@ -5,10 +5,13 @@ augmentation, or its ``training_step`` if the former gives no loss that gradient
 the first batch, from the first of these that yields a loss; processes that solve together take what the first of them
 finds:
 
-1. what ``validation_step`` returns: a scalar tensor, the first tensor of a tuple, or the value under ``"loss"``;
-2. the one value that ``validation_step`` logs under a name such as ``val/loss``;
-3. the result of the one loss function of ``torch.nn.functional`` that ``validation_step`` calls;
-4. what ``training_step`` returns, unless the module optimises manually.
+1. the value under ``"loss"`` of a mapping that ``validation_step`` returns;
+2. the one value that ``validation_step`` logs under a name such as ``val/loss``, since what else it returns may be a
+   score;
+3. what ``validation_step`` returns: a scalar tensor, or the first tensor of a tuple;
+4. the one value that ``validation_step`` logs under another name with "loss" in it;
+5. the result of the one loss function of ``torch.nn.functional`` that ``validation_step`` calls;
+6. what ``training_step`` returns, unless the module optimises manually.
 
 Where the loss is the mean of one watched loss function (see :mod:`lrf_lightning.loss_calls`), the loss is given per
 sample, with the accuracy as score and the logits of a classifier. Otherwise it stays one number per batch. Compiled
@@ -23,6 +26,7 @@ batches or sets the training mode: the solver and :mod:`lrf_lightning.loaders` d
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
@@ -34,6 +38,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -121,12 +126,14 @@ class StepLoss:
                 output = self.loss(module, batch)
                 output = StepOutput(output) if isinstance(output, Tensor) else output
                 return output if self.score is None else _with_score(output, self._extra_score(module, batch, None))
+            kept = batch if self.score is None else _copied(batch)  # a step may change its batch
             if self._source is None:
                 self._source = _decide(module, batch)
                 logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
+            size = batch_size(batch)
             record = self._record(module, self._source.step, batch)
-            output = _output(record, _required_loss(record, self._source), batch_size(batch))
-            return output if self.score is None else _with_score(output, self._extra_score(module, batch, record))
+            output = _output(record, _required_loss(record, self._source), size)
+            return output if self.score is None else _with_score(output, self._extra_score(module, kept, record))
 
     def _record(self, module: LightningModule, step: str, batch: Any) -> StepRecord:
         name = self.score if isinstance(self.score, str) else None
@@ -181,32 +188,61 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
             continue
         try:
             with _grad_everywhere(module):
-                record = run_step(module, step, batch)
+                record = run_step(module, step, _copied(batch))
         except Exception as error:  # a step may depend on state that only training has: the other one is tried
             logger.debug("%s failed outside of a fit", step, exc_info=True)
             problems.append(f"{step} raised {type(error).__name__}: {error}")
             cause = error
             continue
         for place in _places(step, record):
-            if _loss(record, _Source(step, place), step == "training_step") is not None:
+            loss = _loss(record, _Source(step, place), step == "training_step")
+            if loss is not None and loss.requires_grad:
+                if problems and is_overridden("validation_step", module):
+                    rank_zero_warn(f"The loss is taken from {step} ({place}), since {'; '.join(problems)}")
                 return _Source(step, place)
-        problems.append(f"{step} returned {_described(record.returned)}")
+        problems.append(f"{step} returned {_described(record.returned)}{_ambiguous(step, record)}")
     raise ValueError(
         f"no step of {type(module).__name__} gives a floating-point scalar loss that gradients flow through "
         f"({'; '.join(problems)}). Return the loss from validation_step, or pass loss=a callable (module, batch)"
     ) from cause
 
 
+def _copied(batch: Any) -> Any:
+    """The batch once more, for a step that may change it; the batch itself where it cannot be copied."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        logger.debug("a batch of type %s cannot be copied", type(batch).__name__, exc_info=True)
+        return batch
+
+
 def _places(step: str, record: StepRecord) -> Iterator[str]:
-    yield "returned"
     if step != "validation_step":
+        yield "returned"
         return
-    names = [name for name, value in record.logged.items() if "loss" in name.lower() and isinstance(value, Tensor)]
+    names = _logged_losses(record)
     exact = [name for name in names if LOSS_NAME.fullmatch(name)]
-    if len(exact) == 1 or len(names) == 1:
-        yield f"logged {(exact or names)[0]}"
+    named = isinstance(record.returned, Mapping)
+    if named:
+        yield "returned"
+    if len(exact) == 1:
+        yield f"logged {exact[0]}"
+    if not named:
+        yield "returned"
+    if len(names) == 1 and not exact:
+        yield f"logged {names[0]}"
     elif not names and len(record.calls) == 1:
         yield "call"
+
+
+def _logged_losses(record: StepRecord) -> list[str]:
+    return [name for name, value in record.logged.items() if "loss" in name.lower() and isinstance(value, Tensor)]
+
+
+def _ambiguous(step: str, record: StepRecord) -> str:
+    """What to add to a message where a step logs several losses."""
+    names = _logged_losses(record) if step == "validation_step" else []
+    return f" and logged {', '.join(names)}, of which none is the loss as a whole" if len(names) > 1 else ""
 
 
 def _loss(record: StepRecord, source: _Source, vector: bool) -> Tensor | None:
@@ -225,16 +261,13 @@ def _loss(record: StepRecord, source: _Source, vector: bool) -> Tensor | None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return None
     if value.numel() == 1 and value.dim() <= 1:
-        value = value.reshape(())
-    elif not vector or value.dim() != 1:
-        return None
-    return value if value.requires_grad or not torch.is_grad_enabled() else None
+        return value.reshape(())
+    return value if vector and value.dim() == 1 else None
 
 
 def _required_loss(record: StepRecord, source: _Source) -> Tensor:
     # layers that are observed may lie outside of the graph of a frozen model, so a gradient is not asked for again
-    with torch.no_grad():
-        loss = _loss(record, source, True)
+    loss = _loss(record, source, True)
     if loss is None:
         raise ValueError(
             f"{source.step} gave a loss ({source.place}) for the first batch, but for this one it returned "

@@ -115,6 +115,70 @@ class TestSources:
         assert output.score.shape == (8,), "the accuracy is known nevertheless"
         assert output.logits is None
 
+    @pytest.mark.parametrize("shape", [(), (1,)])
+    def test_gradients_of_a_loss_that_is_one_number(self, shape, batch):
+        """No watched call explains a weighted cross-entropy: the loss itself is what gradients start from."""
+
+        class Weighted(Classifier):
+            def loss(self, batch):
+                weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+                return functional.cross_entropy(self.net(batch[0]), batch[1], weight=weight).reshape(shape)
+
+        module = Weighted()
+        wanted = torch.autograd.grad(module.loss(batch).reshape(()), list(module.parameters()))
+        for _ in range(2):
+            found = torch.autograd.grad(StepLoss()(module, batch).loss, list(module.parameters()))
+            torch.testing.assert_close(found, wanted)
+
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize("returned", ["score", "tuple", "nothing"])
+    def test_a_returned_score_is_no_loss(self, returned, grad, batch):
+        """Accuracy has no gradient and a soft score has one; a validation step without gradients is no source."""
+
+        class Scores(Classifier):
+            def validation_step(self, batch, batch_idx):
+                loss, logits = self.loss(batch), self.net(batch[0])
+                score = -loss.log() if grad else (logits.argmax(1) == batch[1]).float().mean()
+                self.log("val_loss", loss)
+                return {"score": score, "tuple": (score, loss), "nothing": None}[returned]
+
+        module = Scores()
+        for context in (torch.no_grad, torch.enable_grad):
+            with context():
+                step_loss = StepLoss()
+                torch.testing.assert_close(step_loss(module, batch).loss, per_sample(module, batch))
+                assert step_loss._source.place == "logged val_loss"
+
+    @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+    def test_a_validation_step_without_gradients_is_no_source(self, guard, batch):
+        class Guarded(Classifier):
+            @guard()
+            def validation_step(self, batch, batch_idx):
+                return self.loss(batch)
+
+        module, step_loss = Guarded(), StepLoss()
+        with torch.no_grad(), pytest.warns(UserWarning, match=r"from training_step .*without gradient"):
+            step_loss(module, batch)
+        assert step_loss._source.step == "training_step"
+        torch.testing.assert_close(step_loss(module, batch).loss, per_sample(module, batch))
+
+    @pytest.mark.parametrize("score", [None, "train/acc"])
+    def test_steps_that_change_their_batch(self, score, batch):
+        class Changes(Classifier):
+            def validation_step(self, batch, batch_idx):
+                y = batch.pop("y")
+                x = batch["x"].sub_(1.0)
+                self.log("val_loss", functional.cross_entropy(self.net(x), y))
+
+            def training_step(self, batch, batch_idx):
+                logits = self.net(batch["x"].sub_(1.0))
+                self.log("train/acc", (logits.argmax(1) == batch.pop("y")).float().mean())
+
+        module, (x, y) = Changes(), batch
+        output = StepLoss(score=score)(module, {"x": x.clone(), "y": y})
+        torch.testing.assert_close(output.loss, per_sample(module, (x - 1, y)))
+        torch.testing.assert_close(output.score.double(), (module.net(x - 1).argmax(1) == y).double())
+
     def test_tokens_are_terms_whatever_the_score(self):
         class Tokens(LightningModule):
             def __init__(self):

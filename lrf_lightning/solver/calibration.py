@@ -28,7 +28,7 @@ from lrf_lightning.solver.probes import (
     probe_groups,
     probe_ranks,
 )
-from lrf_lightning.solver.statistics import RowSampler
+from lrf_lightning.solver.statistics import NEVER_RAN, NO_GRADIENT, RowSampler
 from lrf_lightning.solver.workspace import Curve, Workspace, energy_curve, length
 from lrf_lightning.surgery import Candidate, Skipped
 
@@ -42,7 +42,7 @@ def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
     """Fill the workspace's layers, curves and perturbation ranges, one group of layers that fits into memory at a time.
 
     Raises:
-        ValueError: if calibration holds no batch, or a loss is not finite.
+        ValueError: if calibration holds no batch, a loss is not finite, or no gradient of it reaches any layer.
     """
     with work.processes.together("reading the calibration data"):
         first = next(iter(work.calibration), None)
@@ -70,6 +70,12 @@ def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
         for layer in layers.values():
             _forget(work, layer)
     work.layers = {name: layer for name, layer in found.items() if not layer.problem}
+    if not work.layers and all(layer.problem in (NO_GRADIENT, NEVER_RAN) for layer in found.values()):
+        raise ValueError(
+            f"the loss does not depend differentiably on any of the {len(found)} layers; it must be computed from the "
+            "model that it is given, with gradients: no detach(), no item(), no torch.no_grad(), no comparison of "
+            "predictions in the place of a loss"
+        )
     work.skipped += [
         Skipped(name, layer.candidate.kind, layer.problem) for name, layer in found.items() if layer.problem
     ]

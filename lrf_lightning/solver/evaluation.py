@@ -235,7 +235,8 @@ def _join(outputs: list[StepOutput], sizes: list[int]) -> Outcome:
         join, weights = _means, torch.tensor(sizes, dtype=torch.float64)
     logits = [output.logits for output in outputs if output.logits is not None]
     target = [output.target for output in outputs if output.target is not None]
-    complete = len(logits) == len(target) == len(outputs)
+    # a contrastive loss has as many classes as the batch has samples
+    complete = len(logits) == len(target) == len(outputs) and len({rows.shape[1:] for rows in logits}) == 1
     return Outcome(
         join(losses),
         weights,

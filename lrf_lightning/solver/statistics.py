@@ -28,7 +28,10 @@ from lrf_lightning.solver.moments import Moment
 from lrf_lightning.solver.rows import UnreadableRowsError
 from lrf_lightning.surgery import Candidate
 
-__all__ = ["RowSampler", "collect_statistics"]
+__all__ = ["NEVER_RAN", "NO_GRADIENT", "RowSampler", "collect_statistics"]
+
+NEVER_RAN = "did not run on the calibration data, or another module reads its weight directly"
+NO_GRADIENT = "no gradient of the loss reaches it"
 
 Calls = dict[tuple[str, bool], float]
 
@@ -213,9 +216,9 @@ def _merge(
 
 def _problem(layer: LayerStatistics) -> str:
     if layer.order < 0 or layer.inputs.rows == 0:
-        return "did not run on the calibration data, or another module reads its weight directly"
+        return NEVER_RAN
     if layer.gradients.rows == 0:
-        return "no gradient of the loss reaches it"
+        return NO_GRADIENT
     if not torch.isfinite(layer.inputs.mean).all() or not torch.isfinite(layer.gradients.mean).all():
         return "its inputs or gradients on the calibration data are not finite"
     return ""

@@ -850,3 +850,64 @@ class TestBadArguments:
         )
         with pytest.warns(UserWarning, match="selection and verification share data \\(10 of 46 samples"):
             trainer(callbacks=[callback]).fit(Classifier(), loader(), loader(seed=1))
+
+
+def contrastive(net, batch):
+    """As many classes as the batch has samples; the last batch is short."""
+    embedded = functional.normalize(net(batch[0]), dim=1)
+    return functional.cross_entropy(5 * embedded @ embedded.T, torch.arange(len(embedded)))
+
+
+def two_terms(net, batch):
+    logits = net(batch[0])
+    return functional.cross_entropy(logits, batch[1]) + 0.3 * functional.mse_loss(logits, torch.zeros_like(logits))
+
+
+def by_hand(net, batch):
+    return -net(batch[0]).log_softmax(1)[torch.arange(len(batch[1])), batch[1]].mean()
+
+
+def weighted(net, batch):
+    return functional.cross_entropy(net(batch[0]), batch[1], weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def summed(net, batch):
+    return functional.cross_entropy(net(batch[0]), batch[1], reduction="sum") / len(batch[1])
+
+
+def huber(net, batch):
+    return functional.smooth_l1_loss(net(batch[0]), functional.one_hot(batch[1], CLASSES).float())
+
+
+@pytest.mark.parametrize("loss", [contrastive, two_terms, by_hand, weighted, summed, huber])
+def test_losses_of_all_kinds_are_compressed_and_reported(loss):
+    """Explained by a watched call or not: layers are factorized, and the reported loss is that of the module."""
+
+    class Module(Classifier):
+        def loss(self, batch):
+            return loss(self.net, batch)
+
+    callback = compression()
+    module = Module()
+    verification = loader(90, seed=3)
+    callback.loaders |= {"calibration": loader(90, seed=1), "selection": loader(90, seed=2)}
+    callback.loaders |= {"verification": verification}
+    fit(module, callback)
+    result = callback.result
+    assert result.ranks
+    for net, measured in ((module.net, result.certificate.dense), (result.model.net, result.certificate.compressed)):
+        with torch.no_grad():
+            sizes = [len(batch[0]) for batch in verification]
+            wanted = sum(size * loss(net, batch) for size, batch in zip(sizes, verification, strict=True)) / sum(sizes)
+        assert measured.loss == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_a_loss_without_gradient_is_an_error():
+    def accuracy(module, batch):
+        return (module.net(batch[0]).argmax(1) != batch[1]).float()
+
+    with pytest.raises(ValueError, match="the loss does not depend differentiably on any of the 3 layers"):
+        fit(Classifier(), compression(loss=accuracy), val=loader(90, seed=1))
+    other = Classifier()
+    with pytest.raises(ValueError, match="computed from the model that it is given"):
+        fit(Classifier(), compression(loss=lambda module, batch: other.loss(batch)), val=loader(90, seed=1))
