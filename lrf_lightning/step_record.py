@@ -1,9 +1,9 @@
 """Call one step of a LightningModule outside of a Trainer's loop, and leave no trace of the call.
 
 While the step runs, ``log`` and ``log_dict`` of the module and its children are shadowed, so that nothing reaches the
-trainer; metrics are reset before it. Whatever the step writes to attributes of the module (lists of outputs, states of
-metrics) is undone, because such outputs would hold the graph of every batch and could not be copied with the module.
-Buffers that are changed in place are not restored.
+trainer; metrics are reset before it, and optimizers and schedulers that it asks for do not step. Whatever the step
+writes to attributes of the module (lists of outputs, states of metrics) is undone, because such outputs would hold the
+graph of every batch and could not be copied with the module. Buffers that are changed in place are not restored here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from torchmetrics import Metric, MetricCollection
 from lrf_lightning.loss_calls import LossCall, LossCalls
 
 __all__ = ["StepRecord", "run_step"]
+
+BATCH = 1  # the index of every batch
+STEPS = frozenset({"step", "zero_grad", "load_state_dict", "add_param_group", "toggle_model"})
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,16 @@ def run_step(
     Args:
         module: the module; its attributes are as they were on return.
         step: name of the method, such as ``"validation_step"``.
-        batch: passed on as it is, with the indices 0 where the step asks for them.
+        batch: passed on as it is, with the indices where the step asks for them.
         compute: picks the name of a logged metric object whose value is wanted.
     """
     logged: dict[str, Any] = {}
     method = getattr(module, step)  # looked up first: a compiled step is an attribute of the instance
-    with _undone(module), LossCalls() as watch:
+    metrics = _kept_in_containers(module)
+    with _undone([*module.modules(), *metrics]), LossCalls() as watch:
         _shadow_log(module, logged)
-        for metric in [m for m in module.modules() if isinstance(m, Metric)]:
+        _shadow_optimizers(module)
+        for metric in [*(m for m in module.modules() if isinstance(m, Metric)), *metrics]:
             metric.reset()
         returned = method(batch, *_indices(method))
         name = compute(logged) if compute else None
@@ -66,13 +71,17 @@ def run_step(
 
 
 def _indices(method: Callable[..., Any]) -> list[int]:
-    """A 0 for every argument after the batch that has to be given, ``batch_idx`` always."""
+    """What to pass for every argument after the batch that has to be given, ``batch_idx`` always.
+
+    Loader 0, but batch 1: on batch 0 steps draw pictures and write files.
+    """
     parameters = list(inspect.signature(method).parameters.values())
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return [0]
+        return [BATCH]
     others = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
     required = sum(p.default is p.empty for p in others)
-    return [0] * max(required, int(bool(others) and others[0].name == "batch_idx"))
+    count = max(required, int(bool(others) and others[0].name == "batch_idx"))
+    return [BATCH, *[0] * (count - 1)][:count]
 
 
 def _shadow_log(module: LightningModule, logged: dict[str, Any]) -> None:
@@ -92,10 +101,61 @@ def _shadow_log(module: LightningModule, logged: dict[str, Any]) -> None:
             child.__dict__.update(log=log, log_dict=log_dict)
 
 
+def _shadow_optimizers(module: LightningModule) -> None:
+    """Let ``optimizers`` and ``lr_schedulers`` give ones that do not step, until the attributes are restored.
+
+    A step at the right moment is the trainer's affair; here the trainer only lends itself to the module.
+    """
+    for name in ("optimizers", "lr_schedulers"):
+
+        def looked_up(*args: Any, name: str = name, **kwargs: Any) -> Any:
+            found = getattr(type(module), name)(module, *args, **kwargs)
+            several = isinstance(found, (list, tuple))
+            return [_Idle(one) for one in found] if several else None if found is None else _Idle(found)
+
+        module.__dict__[name] = looked_up
+
+
+class _Idle:
+    """An optimizer or a scheduler whose attributes can be read, and which does not step."""
+
+    def __init__(self, real: Any) -> None:
+        self.__dict__["_real"] = real
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # what kind of scheduler it is may be asked for
+        return type(self._real)
+
+    def __getattr__(self, name: str) -> Any:
+        return _nothing if name in STEPS else getattr(self._real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Nothing is set."""
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _kept_in_containers(module: nn.Module) -> list[Metric]:
+    """Metrics in plain lists and dictionaries, which are no submodules."""
+    found = {id(m): m for child in module.modules() for value in child.__dict__.values() for m in _metrics_in(value)}
+    known = {id(child) for child in module.modules()}
+    return [metric for key, metric in found.items() if key not in known]
+
+
+def _metrics_in(value: Any, depth: int = 3) -> Iterator[Metric]:
+    if isinstance(value, Metric):
+        yield value
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _metrics_in(item, depth - 1)
+
+
 @contextmanager
-def _undone(module: nn.Module) -> Iterator[None]:
+def _undone(modules: list[nn.Module]) -> Iterator[None]:
     """Restore attributes of all modules but torch's own, and the contents of their containers."""
-    own = [m for m in module.modules() if not type(m).__module__.startswith("torch.nn")]
+    own = [m for m in modules if not type(m).__module__.startswith("torch.nn")]
     saved = [(m, dict(m.__dict__), [restore for v in m.__dict__.values() for restore in _restorers(v)]) for m in own]
     try:
         yield

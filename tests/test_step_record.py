@@ -3,7 +3,7 @@ from collections import deque
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from small_modules import CLASSES, Classifier, clouds
+from small_modules import CLASSES, Classifier, clouds, loader, trainer
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -95,12 +95,12 @@ def test_submodules_log_as_well():
     ("signature", "expected"),
     [
         ("self, batch", ()),
-        ("self, batch, batch_idx", (0,)),
-        ("self, batch, batch_idx, dataloader_idx", (0, 0)),
-        ("self, batch, batch_idx, dataloader_idx=5", (0, 5)),
-        ("self, batch, batch_idx=3", (0,)),
+        ("self, batch, batch_idx", (1,)),
+        ("self, batch, batch_idx, dataloader_idx", (1, 0)),
+        ("self, batch, batch_idx, dataloader_idx=5", (1, 5)),
+        ("self, batch, batch_idx=3", (1,)),
         ("self, batch, other=3", (3,)),
-        ("self, batch, *args", (0,)),
+        ("self, batch, *args", (1,)),
         ("self, batch, *, key=1", (1,)),
     ],
 )
@@ -112,6 +112,50 @@ def test_indices_that_a_step_asks_for(signature, expected):
     exec(f"def validation_step({signature}): return {body}", namespace)
     module = type("Module", (LightningModule,), {"validation_step": namespace["validation_step"]})()
     assert run_step(module, "validation_step", None).returned == expected
+
+
+def test_metrics_in_containers_are_reset_and_restored():
+    module, batch = Classifier(), clouds(8)
+    metric = MulticlassAccuracy(num_classes=CLASSES, average="micro")
+    metric.update(torch.zeros(8, CLASSES), batch[1])
+    module.meters, state = {"val": [metric]}, metric.metric_state
+
+    def validation_step(batch, batch_idx):
+        metric.update(module.net(batch[0]), batch[1])
+        return metric.compute()
+
+    module.validation_step = validation_step
+    expected = (module.net(batch[0]).argmax(1) == batch[1]).float().mean()
+    torch.testing.assert_close(run_step(module, "validation_step", batch).returned, expected)
+    torch.testing.assert_close(metric.metric_state, state)
+    assert metric._update_count == 1
+
+
+def test_optimizers_and_schedulers_can_be_read_but_do_not_step():
+    class Steps(Classifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+        def training_step(self, batch, batch_idx):
+            optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+            assert isinstance(scheduler, torch.optim.lr_scheduler.StepLR)
+            scheduler.step()
+            optimizer.zero_grad()
+            optimizer.step()
+            return self.loss(batch) * optimizer.param_groups[0]["lr"]
+
+    module = Steps()
+    run = trainer()
+    run.fit(module, loader())
+    (scheduler,) = (config.scheduler for config in run.lr_scheduler_configs)
+    before = scheduler.state_dict(), [p.clone() for p in module.parameters()]
+    module._trainer = run
+    record = run_step(module, "training_step", clouds(8))
+    assert float(record.returned) > 0
+    assert scheduler.state_dict() == before[0]
+    torch.testing.assert_close(list(module.parameters()), before[1], rtol=0, atol=0)
+    assert "optimizers" not in module.__dict__
 
 
 def test_own_layers_may_change_themselves():
