@@ -15,6 +15,7 @@ DataLoader is drawn once, with the seed, and kept; an iterator that can be run t
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lrf_lightning.batches import EveryNth, FirstBatches, fixed_order, overlaps, rebuilt
 from lrf_lightning.random_state import seeded
-from lrf_lightning.solver.evaluation import Batches
+from lrf_lightning.solver.evaluation import Batches, tensors
 
 __all__ = ["ROLES", "LoaderChoice", "Loaders", "check_loaders", "resolve_loaders"]
 
@@ -122,7 +123,7 @@ def resolve_loaders(
         for role, choice in choices.items():
             loader = _given(trainer, module, role, choice)
             if loader is not None:
-                found[role] = fixed_order(_first_loader(loader, role, notes), seed)
+                found[role] = _fixed(_first_loader(loader, role, notes), seed)
         missing = [role for role in ROLES if role not in found]
         if missing:
             found |= _split(trainer, missing, seed, notes)
@@ -196,6 +197,8 @@ def _missing(role: str) -> ValueError:
 
 def _first_loader(loaders: Any, role: str, notes: list[str], collection: bool = False) -> Any:
     """The first of several loaders; a plain list without a loader in it is a list of batches."""
+    if isinstance(loaders, CombinedLoader) and loaders._mode != "sequential":
+        return loaders
     if isinstance(loaders, CombinedLoader):
         loaders, collection = loaders.flattened, True
     items = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
@@ -210,15 +213,40 @@ def _first_loader(loaders: Any, role: str, notes: list[str], collection: bool = 
     return _first_loader(items[0], role, notes) if isinstance(items[0], (Mapping, list, tuple)) else items[0]
 
 
+def _fixed(loader: Any, seed: int) -> Iterable[Any]:
+    return CombinedBatches(loader, seed) if isinstance(loader, CombinedLoader) else fixed_order(loader, seed)
+
+
+class CombinedBatches:
+    """What a CombinedLoader yields that takes a batch from every one of its loaders at a time.
+
+    Args:
+        loader: the model for it; its own loaders and its state stay as they are.
+        seed: see :func:`~lrf_lightning.batches.fixed_order`.
+    """
+
+    def __init__(self, loader: CombinedLoader, seed: int) -> None:
+        self._loader = copy.copy(loader)
+        self._loader.flattened = [fixed_order(item, seed) for item in loader.flattened]
+
+    def __iter__(self) -> Iterator[Any]:
+        combined = copy.copy(self._loader)  # it holds the state of its latest pass
+        for batch, _, _ in combined:
+            yield batch
+
+
 def _split(trainer: Trainer, roles: Sequence[str], seed: int, notes: list[str]) -> dict[str, Batches]:
     """Disjoint parts of the validation data for the roles."""
     loaders = trainer.val_dataloaders
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    if combined is not None and combined._mode != "sequential":
+        loaders = combined  # the trainer shows what it combines
     if loaders is None and _has_validation(trainer):
         loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
     if loaders is None:
         raise _missing(roles[0])
     loader = _first_loader(loaders, "the split of the validation data", notes, collection=True)
-    loader = fixed_order(loader, seed)
+    loader = _fixed(loader, seed)
     notes.append(f"{', '.join(roles).capitalize()}: disjoint parts of the validation data.")
     count = _limit(trainer, loader)
     if count is not None:
@@ -227,10 +255,27 @@ def _split(trainer: Trainer, roles: Sequence[str], seed: int, notes: list[str]) 
         )
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         return _split_samples(loader, roles, seed, count)
+    if not _repeats(loader):
+        rank_zero_warn(
+            "the validation data is a stream that begins differently on every pass: its batches cannot be told apart, "
+            "so that calibration, selection and verification share samples and the verdict is not independent. Let the "
+            "dataset yield one order, or pass calibration=, selection= and verification="
+        )
     if count is not None:
         loader = FirstBatches(loader, max(count, len(roles)))
     pattern = _pattern(roles)
     return {role: EveryNth(loader, pattern, role) for role in roles}
+
+
+def _repeats(loader: Iterable[Any]) -> bool:
+    """Whether two passes begin with the same samples if the global generators do; assumed of batches without tensors."""
+    found = []
+    for _ in range(2):
+        with seeded(0):
+            found.append([tensor.cpu() for tensor in tensors(next(iter(loader), None))])
+    first, second = found
+    same = (torch.equal(one, other) for one, other in zip(first, second, strict=False))
+    return len(first) == len(second) and all(same)
 
 
 def _limit(trainer: Trainer, loader: Any) -> int | None:

@@ -111,6 +111,31 @@ class TestSplit:
     def test_collections_of_loaders(self, wrap):
         assert sorted(itertools.chain(*parts(resolve_loaders(*fitted(wrap(numbers(12))))))) == list(range(12))
 
+    @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
+    def test_loaders_that_are_combined_stay_together(self, mode):
+        pairs = {"a": numbers(20, shuffle=True), "b": numbers(20, first=100)}
+        run, module = fitted(CombinedLoader(pairs, mode))
+        found = resolve_loaders(run, module)
+        seen = []
+        for role in ROLES:
+            batches = list(getattr(found, role))
+            assert [set(batch) for batch in batches] == [{"a", "b"}] * len(batches)
+            seen += [batch["b"][0] for batch in batches]
+            for batch, again in zip(batches, getattr(found, role), strict=True):
+                torch.testing.assert_close(again, batch, rtol=0, atol=0)
+        assert sorted(torch.cat(seen).tolist()) == list(range(100, 120))
+
+    def test_a_stream_that_begins_differently_on_every_pass(self):
+        generator = torch.Generator().manual_seed(0)
+
+        class Reshuffled(Stream):
+            def __iter__(self):
+                return iter(torch.randperm(self.size, generator=generator))
+
+        run, module = fitted(DataLoader(Reshuffled(40), batch_size=4))
+        with pytest.warns(UserWarning, match="begins differently on every pass"):
+            resolve_loaders(run, module)
+
 
 class TestLimits:
     @pytest.mark.parametrize(

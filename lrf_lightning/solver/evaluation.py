@@ -154,7 +154,7 @@ def batch_size(batch: Any) -> int:
     Raises:
         ValueError: if the batch holds no tensor with at least one dimension.
     """
-    for tensor in _tensors(batch):
+    for tensor in tensors(batch):
         if tensor.dim() > 0:
             return int(tensor.shape[0])
     raise ValueError(
@@ -194,18 +194,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors of a nested batch, in the order in which they stand there."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from _tensors(value)
+            yield from tensors(value)
     elif dataclasses.is_dataclass(batch):
         for item in dataclasses.fields(batch):
-            yield from _tensors(getattr(batch, item.name))
+            yield from tensors(getattr(batch, item.name))
 
 
 def _to_cpu(output: StepOutput, keep_logits: bool) -> StepOutput:
