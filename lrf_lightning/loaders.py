@@ -268,7 +268,7 @@ def _split(trainer: Trainer, roles: Sequence[str], seed: int, notes: list[str]) 
 
 
 def _repeats(loader: Iterable[Any]) -> bool:
-    """Whether two passes begin with the same samples if the global generators do; assumed of batches without tensors."""
+    """Whether two passes begin with the same samples where the global generators do; batches without tensors do."""
     found = []
     for _ in range(2):
         with seeded(0):
