@@ -170,7 +170,11 @@ def _checked_settings(settings: dict[str, Any]) -> Settings:
             near = get_close_matches(name, names, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"compress has no setting {name!r}{hint}; settings are {', '.join(names)}")
-    return Settings(**settings)
+    checked = Settings(**settings)
+    if len(settings) < len(names):  # the callback gives all of them, and has told it before the training
+        for ignored in checked.without_effect:
+            warnings.warn(ignored, stacklevel=3)
+    return checked
 
 
 def _ordered(role: str, batches: Batches, seed: int) -> Batches:

@@ -88,7 +88,10 @@ class DeviceBatches:
             if kept is not None:
                 size = _bytes(batch)
                 room -= self.cache_bytes + 1 if size is None else size
-                kept = [*kept, copy.deepcopy(batch)] if room >= 0 else None
+                try:
+                    kept = [*kept, copy.deepcopy(batch)] if room >= 0 else None
+                except Exception:  # a class of the user's that cannot be copied is loaded again
+                    kept = None
             yield batch
         self._stored = kept
 

@@ -146,7 +146,15 @@ def _given(trainer: Trainer, module: LightningModule, role: str, choice: Batches
         return choice
     if choice is None and _owner(trainer, module, name) is None:
         return None
-    loader = _method(trainer, module, role, name)()
+    try:
+        loader = _method(trainer, module, role, name)()
+    except Exception as error:
+        if _owner(trainer, module, name) is None:
+            raise
+        raise ValueError(
+            f"{role}: {name}() raised {type(error).__name__}: {error}. In a fit a datamodule is set up with "
+            f"stage='fit' only; prepare there what {name} needs, or pass {role}=a loader"
+        ) from error
     if loader is None:
         raise ValueError(f"{role}: {name}() returned None; return a DataLoader, or pass {role}=a loader")
     return loader

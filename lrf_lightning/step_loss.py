@@ -47,7 +47,7 @@ from lrf_lightning.loss_calls import explanation
 from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode
 from lrf_lightning.step_record import StepRecord, run_step
 
-__all__ = ["Score", "StepLoss"]
+__all__ = ["Score", "StepLoss", "can_be_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class StepLoss:
     ) -> None:
         self.trainer, self.score, self.loss = trainer, score, loss
         self._source: _Source | None = None
+        self._told = False
 
     @property
     def score_name(self) -> str:
@@ -132,8 +133,19 @@ class StepLoss:
                 logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
             size = batch_size(batch)
             record = self._record(module, self._source.step, batch)
+            self._compare_sizes(record, size)
             output = _output(record, _required_loss(record, self._source), size)
             return output if self.score is None else _with_score(output, self._extra_score(module, kept, record))
+
+    def _compare_sizes(self, record: StepRecord, size: int) -> None:
+        """Warn once if the step logs with another number of samples than was counted."""
+        if record.batch_size is not None and record.batch_size != size and not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"a batch was counted as {size} samples, the first dimension of its first tensor, but its step logs "
+                f"with batch_size={record.batch_size}: intervals and numbers of samples will be wrong. Put a tensor "
+                "first that has a row for every sample"
+            )
 
     def _record(self, module: LightningModule, step: str, batch: Any) -> StepRecord:
         name = self.score if isinstance(self.score, str) else None
@@ -148,7 +160,7 @@ class StepLoss:
             names: set[str] = set()
             for step in ("validation_step", "training_step"):
                 if record is None or self._source is None or self._source.step != step:
-                    if not _callable_step(module, step):
+                    if not can_be_run(module, step):
                         continue
                     found = self._record(module, step, batch)
                 else:
@@ -183,7 +195,7 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
     problems: list[str] = []
     cause: Exception | None = None
     for step in ("validation_step", "training_step"):
-        if not _callable_step(module, step):
+        if not can_be_run(module, step):
             problems.append(f"{step} is not defined" if not is_overridden(step, module) else f"{step} cannot be used")
             continue
         try:
@@ -324,7 +336,8 @@ def _grad_everywhere(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _callable_step(module: LightningModule, step: str) -> bool:
+def can_be_run(module: LightningModule, step: str) -> bool:
+    """Whether a module has a step that can be called with a batch and does not train."""
     if not is_overridden(step, module):
         return False
     # a manual training_step would step the optimizers, which hold the trained weights

@@ -36,11 +36,13 @@ class StepRecord:
         returned: its result.
         logged: the values it logged by name; the metric object that was asked for is computed.
         calls: the watched loss functions that it called.
+        batch_size: what it told ``log`` about the size of the batch, None for nothing.
     """
 
     returned: Any
     logged: dict[str, Any]
     calls: list[LossCall]
+    batch_size: int | None = None
 
 
 def run_step(
@@ -55,10 +57,11 @@ def run_step(
         compute: picks the name of a logged metric object whose value is wanted.
     """
     logged: dict[str, Any] = {}
+    sizes: list[int] = []
     method = getattr(module, step)  # looked up first: a compiled step is an attribute of the instance
     metrics = _kept_in_containers(module)
     with _undone([*module.modules(), *metrics]), LossCalls() as watch:
-        _shadow_log(module, logged)
+        _shadow_log(module, logged, sizes)
         _shadow_optimizers(module)
         for metric in [*(m for m in module.modules() if isinstance(m, Metric)), *metrics]:
             metric.reset()
@@ -67,7 +70,7 @@ def run_step(
         if name is not None and isinstance(logged[name], Metric):
             with torch.no_grad():
                 logged[name] = logged[name].compute()
-    return StepRecord(returned, logged, watch.calls)
+    return StepRecord(returned, logged, watch.calls, sizes[0] if sizes else None)
 
 
 def _indices(method: Callable[..., Any]) -> list[int]:
@@ -84,13 +87,15 @@ def _indices(method: Callable[..., Any]) -> list[int]:
     return [BATCH, *[0] * (count - 1)][:count]
 
 
-def _shadow_log(module: LightningModule, logged: dict[str, Any]) -> None:
+def _shadow_log(module: LightningModule, logged: dict[str, Any], sizes: list[int]) -> None:
     """Let ``log`` and ``log_dict`` write into ``logged``, until the instances' attributes are restored."""
 
-    def log(name: str, value: Any, *_: Any, **__: Any) -> None:
+    def log(name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
         logged[name] = value
+        sizes.extend([] if batch_size is None else [int(batch_size)])
 
-    def log_dict(dictionary: Mapping[str, Any], *_: Any, **__: Any) -> None:
+    def log_dict(dictionary: Mapping[str, Any], *_: Any, batch_size: int | None = None, **__: Any) -> None:
+        sizes.extend([] if batch_size is None else [int(batch_size)])
         if isinstance(dictionary, MetricCollection):
             logged.update(dictionary.items(keep_base=False, copy_state=True))
         else:

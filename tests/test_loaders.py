@@ -202,6 +202,14 @@ class TestSources:
         with pytest.raises(ValueError, match=r"selection: nothing\(\) returned None"):
             resolve_loaders(run, module, selection="nothing")
 
+    def test_a_method_that_was_not_prepared(self):
+        class Unprepared(Data):
+            def test_dataloader(self):
+                return self.unprepared
+
+        with pytest.raises(ValueError, match=r"verification: test_dataloader\(\) raised AttributeError: .*stage='fit'"):
+            resolve_loaders(*fitted(datamodule=Unprepared()), verification="test_dataloader")
+
     def test_no_validation_data(self):
         run, module = fitted()
         with pytest.raises(ValueError, match="there is no data for verification"):

@@ -179,6 +179,19 @@ class TestSources:
         torch.testing.assert_close(output.loss, per_sample(module, (x - 1, y)))
         torch.testing.assert_close(output.score.double(), (module.net(x - 1).argmax(1) == y).double())
 
+    @pytest.mark.parametrize(("told", "warned"), [(8, 0), (3, 1), (None, 0)])
+    def test_another_batch_size_in_the_log_is_told_once(self, told, warned, batch, recwarn):
+        class Told(Classifier):
+            def validation_step(self, batch, batch_idx):
+                self.log("val_loss", self.loss(batch), batch_size=told)
+
+        module, step_loss = Told(), StepLoss()
+        for _ in range(3):
+            step_loss(module, batch)
+        messages = [str(warning.message) for warning in recwarn if "batch_size=3" in str(warning.message)]
+        assert len(messages) == warned
+        assert all("counted as 8 samples" in message for message in messages)
+
     def test_tokens_are_terms_whatever_the_score(self):
         class Tokens(LightningModule):
             def __init__(self):

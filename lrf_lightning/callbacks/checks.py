@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lrf_lightning import safe_files
 from lrf_lightning.export import FORMATS, missing_packages
 from lrf_lightning.solver.settings import Settings
+from lrf_lightning.step_loss import can_be_run
 from lrf_lightning.surgery import find_layers
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "check_layers",
     "check_processes",
     "check_single_writer",
+    "check_steps",
     "checked_formats",
 ]
 
@@ -175,6 +177,20 @@ def check_single_writer(directory: Path | str, others: list[Path | str]) -> None
     if directory in others:
         raise MisconfigurationException(
             f"two LowRankCompression callbacks write into {str(directory)!r}; give each of them its own dirpath="
+        )
+
+
+def check_steps(module: LightningModule) -> None:
+    """Ask for a step that can be run for its loss.
+
+    Raises:
+        MisconfigurationException: if the module has no ``validation_step`` and its ``training_step`` would train.
+    """
+    if not any(can_be_run(module, step) for step in ("validation_step", "training_step")):
+        manual = " optimises manually" if not module.automatic_optimization else "'s training_step cannot be run alone"
+        raise MisconfigurationException(
+            f"LowRankCompression: {type(module).__name__}{manual} and has no validation_step, so its loss is not "
+            "known. Define validation_step, or pass loss=a callable (module, batch)"
         )
 
 

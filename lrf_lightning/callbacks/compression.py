@@ -213,6 +213,8 @@ class LowRankCompression(Callback):
             self.settings = Settings(**{f.name: arguments[f.name] for f in dataclasses.fields(Settings)})
         except ValueError as error:
             raise MisconfigurationException(f"LowRankCompression: {error}") from error
+        for ignored in self.settings.without_effect:
+            rank_zero_warn(f"LowRankCompression: {ignored}")
         self.loaders: dict[str, Any] = {role: arguments[role] for role in ROLES}
         checks.check_arguments(loss=loss, score=score, weights=weights, dirpath=dirpath, loaders=self.loaders)
         self.loss, self.score, self.weights = loss, score, weights
@@ -237,6 +239,8 @@ class LowRankCompression(Callback):
         checks.check_layers(pl_module, self.settings)
         if self.weights == "best":
             checks.check_best_weights(trainer)
+        if self.loss is None:
+            checks.check_steps(pl_module)
         try:
             check_loaders(trainer, pl_module, **self.loaders)
         except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
@@ -176,6 +176,16 @@ class Settings:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
 
+    @property
+    def without_effect(self) -> list[str]:
+        """Settings that were changed from their defaults although the objective does not look at them."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return [
+            f"{name}={getattr(self, name)!r} has no effect with objective={self.objective!r}, only with {objective!r}"
+            for name, objective in OF_OBJECTIVE.items()
+            if self.objective != objective and getattr(self, name) != defaults[name]
+        ]
+
     def loss_margin_of(self, dense_loss: float) -> float:
         """The margin of the loss, which by default depends on the original's; see :func:`default_loss_margin`."""
         return default_loss_margin(dense_loss) if self.loss_margin is None else self.loss_margin
@@ -185,6 +195,16 @@ class Settings:
         """The settings that say which layers are looked at, as arguments of ``surgery.find_layers``."""
         names = ("include", "exclude", "types", "exclude_types", "predicate", "frozen", "min_params", "conv_order")
         return {name: getattr(self, name) for name in names}
+
+
+# settings that a single objective looks at
+OF_OBJECTIVE: dict[str, Objective] = {
+    "keep": "budget",
+    "budgets": "frontier",
+    "variant": "paper",
+    "gamma": "paper",
+    "gamma_kind": "paper",
+}
 
 
 def default_loss_margin(dense_loss: float) -> float:

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
     SingleDeviceStrategy,
 )
 from lightning.pytorch.trainer.states import TrainerFn
-from small_modules import Classifier
+from small_modules import Classifier, loader, trainer
 from torch import nn
 
 from lrf_lightning import LowRankCompression
@@ -103,3 +104,21 @@ def test_best_weights_need_checkpoints():
 def test_arguments_of_every_allowed_kind():
     for given in ("val_dataloader", [torch.ones(2)], iter([]), None):
         checks.check_arguments(loss=len, score="val/acc", weights="best", dirpath="x", loaders={"selection": given})
+
+
+def test_a_manual_training_step_alone_gives_no_loss():
+    class Manual(Classifier):
+        validation_step = LightningModule.validation_step
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(MisconfigurationException, match="Manual optimises manually and has no validation_step"):
+        trainer(callbacks=[LowRankCompression()]).fit(Manual(), loader(), loader())
+    checks.check_steps(Classifier())
+
+
+def test_settings_without_effect_are_told_before_training():
+    with pytest.warns(UserWarning, match="keep=0.3 has no effect with objective='lossless'"):
+        LowRankCompression(keep=0.3)

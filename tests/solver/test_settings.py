@@ -112,3 +112,20 @@ def test_settings_are_frozen_and_by_keyword():
         Settings().keep = 0.3
     with pytest.raises(TypeError, match="positional"):
         Settings("lossless")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"keep": 0.3}, "keep=0.3 has no effect with objective='lossless', only with 'budget'"),
+        ({"keep": 0.3, "objective": "budget"}, None),
+        ({"budgets": (0.4,), "objective": "budget"}, "budgets=(0.4,) has no effect"),
+        ({"budgets": (0.4,), "objective": "frontier"}, None),
+        ({"gamma": 0.2, "objective": "compact"}, "gamma=0.2 has no effect"),
+        ({"keep": 0.5, "gamma": 0.1}, None),
+    ],
+)
+def test_settings_that_the_objective_does_not_look_at_are_told(given, told):
+    found = Settings(**given).without_effect
+    assert len(found) == (told is not None)
+    assert all(sentence.startswith(told) for sentence in found)
