@@ -330,6 +330,8 @@ def _pattern(roles: Sequence[str]) -> tuple[str, ...]:
 
 
 def _length(loader: Any) -> int | None:
+    if isinstance(loader, CombinedLoader):  # knows only while it is run through
+        return None
     try:
         return len(loader)
     except TypeError:

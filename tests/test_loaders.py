@@ -115,6 +115,7 @@ class TestSplit:
     def test_loaders_that_are_combined_stay_together(self, mode):
         pairs = {"a": numbers(20, shuffle=True), "b": numbers(20, first=100)}
         run, module = fitted(CombinedLoader(pairs, mode))
+        check_loaders(run, module)
         found = resolve_loaders(run, module)
         seen = []
         for role in ROLES:
