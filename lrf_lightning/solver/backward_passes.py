@@ -85,11 +85,10 @@ def backward_passes(
             def observe(key: tuple[str, bool], x: Tensor, y: Tensor, size: int = size, index: int = index) -> Any:
                 return on_forward(uses[key], x, y, size, index)
 
-            batch = to_device(batch, device)
             for i, target in enumerate(targets):
                 # a forward pass again: not every kind of module bears going back twice, compiled ones do not
                 with observe_gradients(modules, observe):
-                    has_terms = _backward(model, loss, batch, size, index, target)
+                    has_terms = _backward(model, loss, to_device(batch, device), size, index, target)
                 after_backward(size, i)
                 if not has_terms:
                     break

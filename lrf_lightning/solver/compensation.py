@@ -192,9 +192,10 @@ class _Fitting:
         def passes() -> Iterator[Callable[[], object]]:
             for batch in batches:
                 sizes.append(batch_size(batch))
-                moved = to_device(batch, device)
                 for module in (model, *(target.model for target in targets)):
-                    yield lambda module=module, moved=moved: loss(module, moved)  # type: ignore[misc]
+                    # a batch for every model, since one that has been changed halfway would reach the others
+                    own = to_device(batch, device)
+                    yield lambda module=module, own=own: loss(module, own)  # type: ignore[misc]
 
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))

@@ -151,6 +151,25 @@ def test_compensation_brings_the_outputs_nearer(problem):
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_a_step_may_change_its_batch(problem):
+    model, batches, layers, sampler = problem
+
+    def changing(model, batch):
+        x = batch.pop(0).add_(0.5)
+        return functional.cross_entropy(model(x), batch.pop(), reduction="none")
+
+    def plain(model, batch):
+        return loss(model, (batch[0] + 0.5, batch[1]))
+
+    batches = [list(batch) for batch in batches]
+    wanted, found = (
+        built((model, batches, layers, sampler), dict.fromkeys(layers, 2), loss=function)
+        for function in (plain, changing)
+    )
+    for name in layers:
+        torch.testing.assert_close(found.get_submodule(name).weight, wanted.get_submodule(name).weight, rtol=0, atol=0)
+
+
 def test_models_and_layers_are_as_before(problem):
     model, _, layers, _ = problem
     state = {name: value.clone() for name, value in model.state_dict().items()}
