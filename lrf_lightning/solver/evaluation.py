@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
+from lrf_lightning.solver.buffers import restored_buffers
 from lrf_lightning.solver.loss_terms import LossTerms
 from lrf_lightning.solver.result import Measurement
 
@@ -221,11 +222,12 @@ def _copied(batch: Any) -> Any:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and restore every module's own training flag afterwards."""
+    """Put the model into evaluation mode and restore every module's own training flag and its buffers afterwards."""
     training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        yield
+        with restored_buffers(model):
+            model.eval()
+            yield
     finally:
         for module, flag in training.items():
             module.training = flag
