@@ -21,6 +21,7 @@ from lrf_lightning.solver.evaluation import (
 )
 from lrf_lightning.solver.hooks import frozen_parameters, observe_gradients
 from lrf_lightning.solver.layer_statistics import LayerStatistics
+from lrf_lightning.solver.own_attributes import Attributes, OwnAttributes
 from lrf_lightning.solver.rows import RowReader
 
 __all__ = ["BackwardTarget", "Use", "backward_passes", "scattered_loss", "summed_loss"]
@@ -77,7 +78,9 @@ def backward_passes(
     samples = 0
     uses = {(use.name, use.transposed): use for layer in layers.values() for use in _uses(model, layer)}
     modules = {key: use.modules for key, use in uses.items()}
-    with evaluation_mode(model), frozen_parameters([model]):
+    # what a step keeps on a module belongs to a graph here: it would stay in memory, and could not be copied
+    own = OwnAttributes(Attributes(model))
+    with evaluation_mode(model), own, frozen_parameters([model]):
         for position, batch in enumerate(batches):
             size, index = batch_size(batch), processes.index(position)
             samples += size
