@@ -172,6 +172,7 @@ class ExplainedLoss:
         """The loss of one batch."""
         if self._plain or any(_is_compiled(module) for module in model.modules()):
             return self.loss(model, batch)
+        size = batch_size(batch)  # counted first, since the loss may take its batch to pieces
         try:
             with LossCalls() as watch:
                 output = self.loss(model, batch)
@@ -182,7 +183,6 @@ class ExplainedLoss:
             return self.loss(model, batch)
         plain = output if isinstance(output, StepOutput) else StepOutput(output)
         if isinstance(plain.loss, Tensor) and plain.terms is None:
-            size = batch_size(batch)
             found = explanation(watch.calls, plain.loss, size, widened=True)
             terms = None if found is None or not torch.isfinite(plain.loss).all() else found[0].terms(size)
             if terms is not None:

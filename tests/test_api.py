@@ -167,6 +167,25 @@ class TestData:
         with pytest.warns(UserWarning, match=r"selection and verification share data \(96 of 96"):
             squeeze(trained, splits=(loader(seed=1), shared, shared))
 
+    def test_a_step_that_changes_its_batch_gives_what_one_does_that_leaves_it(self, trained):
+        def changing(model, batch):
+            x, y = batch.pop("x").mul_(1.5), batch.pop("y")
+            return 2 * loss(model, (x, y)) - loss(model, (x, y))  # two calls, so that the step is timed itself
+
+        def plain(model, batch):
+            x, y = 1.5 * batch["x"], batch["y"]
+            return 2 * loss(model, (x, y)) - loss(model, (x, y))
+
+        splits = [[{"x": x, "y": y} for x, y in loader(seed=seed)] for seed in (1, 2, 3)]
+        found, wanted = (
+            squeeze(trained, splits=splits, objective="budget", loss=function, probes=True, speed="eager")
+            for function in (changing, plain)
+        )
+        assert found.ranks == wanted.ranks
+        assert found.certificate == wanted.certificate
+        assert found.speed.problems == []
+        torch.testing.assert_close(found.model.state_dict(), wanted.model.state_dict(), rtol=0, atol=0)
+
     @pytest.mark.parametrize("position", [0, 1, 2])
     def test_empty_split(self, trained, position):
         splits = [loader(seed=seed) for seed in (1, 2, 3)]

@@ -21,6 +21,7 @@ from lrf_lightning.solver.evaluation import (
 )
 from lrf_lightning.solver.hooks import frozen_parameters, observe_gradients
 from lrf_lightning.solver.layer_statistics import LayerStatistics
+from lrf_lightning.solver.own_attributes import Attributes, OwnAttributes
 from lrf_lightning.solver.rows import RowReader
 
 __all__ = ["BackwardTarget", "Use", "backward_passes", "scattered_loss", "summed_loss"]
@@ -77,7 +78,9 @@ def backward_passes(
     samples = 0
     uses = {(use.name, use.transposed): use for layer in layers.values() for use in _uses(model, layer)}
     modules = {key: use.modules for key, use in uses.items()}
-    with evaluation_mode(model), frozen_parameters([model]):
+    # what a step keeps on a module belongs to a graph here: it would stay in memory, and could not be copied
+    own = OwnAttributes(Attributes(model))
+    with evaluation_mode(model), own, frozen_parameters([model]):
         for position, batch in enumerate(batches):
             size, index = batch_size(batch), processes.index(position)
             samples += size
@@ -85,11 +88,10 @@ def backward_passes(
             def observe(key: tuple[str, bool], x: Tensor, y: Tensor, size: int = size, index: int = index) -> Any:
                 return on_forward(uses[key], x, y, size, index)
 
-            batch = to_device(batch, device)
             for i, target in enumerate(targets):
                 # a forward pass again: not every kind of module bears going back twice, compiled ones do not
                 with observe_gradients(modules, observe):
-                    has_terms = _backward(model, loss, batch, size, index, target)
+                    has_terms = _backward(model, loss, to_device(batch, device), size, index, target)
                 after_backward(size, i)
                 if not has_terms:
                     break

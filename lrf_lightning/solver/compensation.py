@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from lrf_lightning.solver.hooks import first_tensor
 from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.lockstep import Run, pause, runs
 from lrf_lightning.solver.moments import Moment
+from lrf_lightning.solver.own_attributes import Attributes, OwnAttributes
 from lrf_lightning.solver.statistics import RowSampler
 from lrf_lightning.surgery import replace_module
 
@@ -189,12 +191,14 @@ class _Fitting:
         """Find the factors of every layer of every target; the targets still hold the dense layers on return."""
         sizes: list[int] = []
 
-        def passes() -> Iterator[Callable[[], object]]:
+        def passes() -> Iterator[Run]:
+            models = [(each, Attributes(each)) for each in (model, *(target.model for target in targets))]
             for batch in batches:
                 sizes.append(batch_size(batch))
-                moved = to_device(batch, device)
-                for module in (model, *(target.model for target in targets)):
-                    yield lambda module=module, moved=moved: loss(module, moved)  # type: ignore[misc]
+                for each, attributes in models:
+                    # a batch for every model, since one that has been changed halfway would reach the others
+                    own = to_device(batch, device)
+                    yield Run(partial(loss, each, own), OwnAttributes(attributes))
 
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
+from lrf_lightning.solver.buffers import restored_buffers
 from lrf_lightning.solver.loss_terms import LossTerms
 from lrf_lightning.solver.result import Measurement
 
@@ -164,31 +166,68 @@ def batch_size(batch: Any) -> int:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a nested batch to a device; other values pass unchanged."""
-    if isinstance(batch, Tensor) or (hasattr(batch, "to") and not isinstance(batch, nn.Module)):
-        return batch.to(device)
+    """A copy of a nested batch on a device, which a step may change without harm to those that get the batch later.
+
+    Containers and tensors are copied also where they are on the device already: a list of batches is run through dozens
+    of times, and the passes of several models share a batch. Beside the pass itself a copy costs next to nothing.
+    Values of other types pass unchanged, except that what has a method ``to`` is copied and moved by it.
+    """
+    return _moved(batch, device, {})
+
+
+def _moved(batch: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
+    """Like :func:`to_device`; a tensor that is ``known`` by its id stays one tensor, such as an input as target."""
+    if isinstance(batch, Tensor):
+        if id(batch) not in known:
+            own = batch.detach().to(device, copy=True)
+            known[id(batch)] = own.requires_grad_() if batch.requires_grad else own
+        return known[id(batch)]
+    if isinstance(batch, (dict, UserDict)):
+        return _filled(batch, {key: _moved(value, device, known) for key, value in batch.items()})
+    if hasattr(batch, "to") and not isinstance(batch, nn.Module):
+        return _copied(batch).to(device)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return _filled(batch, {key: _moved(value, device, known) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(_moved(value, device, known) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(_moved(value, device, known) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         moved = copy.copy(batch)
         for item in dataclasses.fields(batch):
             # the way around __init__ and frozen
-            object.__setattr__(moved, item.name, to_device(getattr(batch, item.name), device))
+            object.__setattr__(moved, item.name, _moved(getattr(batch, item.name), device, known))
         return moved
     return batch
 
 
+def _filled(mapping: Any, values: dict[Any, Any]) -> Any:
+    """A copy of a mapping with other values; a plain dictionary if its type does not allow that."""
+    try:
+        filled = copy.copy(mapping)
+        for key, value in values.items():
+            filled[key] = value
+    except Exception:  # the user's types
+        return values
+    return filled
+
+
+def _copied(batch: Any) -> Any:
+    """A copy of an object that moves itself, maybe in place; the object itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # the user's types; tensors inside a graph
+        return batch
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and restore every module's own training flag afterwards."""
+    """Put the model into evaluation mode and restore every module's own training flag and its buffers afterwards."""
     training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        yield
+        with restored_buffers(model):
+            model.eval()
+            yield
     finally:
         for module, flag in training.items():
             module.training = flag

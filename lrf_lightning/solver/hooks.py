@@ -5,6 +5,9 @@ frozen for the time being, and the graph starts at the first observed layer. Tha
 step and lets frozen layers be observed too.
 
 Modules that share a weight are observed as one layer, under one name.
+
+Checkpointed parts of a model run again during the backward pass. Observers of gradients are called again as well, since
+with ``use_reentrant=True`` only the second call has a graph; :func:`goes_back` tells them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["first_tensor", "frozen_parameters", "observe_gradients", "observe_inputs"]
+__all__ = ["first_tensor", "frozen_parameters", "goes_back", "observe_gradients", "observe_inputs"]
 
 OnGradient = Callable[[Tensor], None]
 Key = TypeVar("Key")
@@ -91,6 +94,12 @@ def observe_inputs(layers: Layers[Key], on_input: OnInput[Key]) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def goes_back() -> bool:
+    """Whether a backward pass is running in this thread, so that a module that is called now was called before."""
+    # what torch.utils.checkpoint asks itself
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,16 +45,18 @@ class Run:
 
     Args:
         function: what to run; it calls :func:`pause`.
+        around: entered whenever the run works, and left whenever it stops.
 
     Attributes:
         event: what the run was last paused with.
         finished: whether the function has returned.
     """
 
-    def __init__(self, function: Callable[[], object]) -> None:
+    def __init__(self, function: Callable[[], object], around: AbstractContextManager[Any] | None = None) -> None:
         self.event: Any = None
         self.finished = False
-        self._function = function
+        self._function: Callable[[], object] | None = function
+        self._around = around or nullcontext()
         self._reply: Any = None
         self._error: BaseException | None = None
         self._modes, self._random = _modes(), _random_states()
@@ -74,13 +76,16 @@ class Run:
         ours = _random_states()
         _set_random_states(self._random)
         try:
-            if not self._thread.is_alive():
-                self._thread.start()
-            self._turn.release()
-            self._rest.acquire()
+            with self._around:
+                if not self._thread.is_alive():
+                    self._thread.start()
+                self._turn.release()
+                self._rest.acquire()
             self._random = _random_states()
         finally:
             _set_random_states(ours)
+            if self.finished:
+                self._around = nullcontext()  # it may hold what the run has left
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -90,8 +95,9 @@ class Run:
         if self.finished or not self._thread.is_alive():
             return
         self._cancelled = True
-        self._turn.release()
-        self._thread.join()
+        with self._around:
+            self._turn.release()
+            self._thread.join()
 
     def _pause(self, event: Any) -> Any:
         if self._cancelled:
@@ -107,9 +113,10 @@ class Run:
         self._turn.acquire()
         _current.run = self
         try:
-            if not self._cancelled:
+            function, self._function = self._function, None  # so that its arguments end with it
+            if function is not None and not self._cancelled:
                 with _entered(self._modes):
-                    self._function()
+                    function()
         except _Cancelled:
             pass
         except BaseException as error:  # handed to the thread that waits in resume
@@ -120,13 +127,13 @@ class Run:
 
 
 @contextmanager
-def runs(functions: Iterable[Callable[[], object]]) -> Iterator[list[Run]]:
-    """Runs of the functions, not started yet; what is unfinished at the end is unwound, the last one first.
+def runs(functions: Iterable[Run | Callable[[], object]]) -> Iterator[list[Run]]:
+    """Runs, or those of functions, not started yet; what is unfinished at the end is unwound, the last one first.
 
     The order matters: a function that saves and restores the state of a shared module restores what it found, so the
     first one must restore last.
     """
-    started = [Run(function) for function in functions]
+    started = [function if isinstance(function, Run) else Run(function) for function in functions]
     try:
         yield started
     finally:

@@ -149,7 +149,7 @@ class _Call:
 
         handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in _whole_parts(model)]
         try:
-            work.loss(model, batch)
+            work.loss(model, to_device(batch, work.device))
         finally:
             for handle in handles:
                 handle.remove()
@@ -178,6 +178,8 @@ class _Call:
     def run(self) -> None:
         """Call once, without waiting for the device."""
         args, kwargs = self.arguments
+        if self.what == "step":  # it may change its batch, so every call gets one of its own
+            args = (args[0], to_device(args[1], self.device))
         self.function(*args, **kwargs)
 
     @contextmanager

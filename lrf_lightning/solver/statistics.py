@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.backward_passes import Use, backward_passes, scattered_loss
 from lrf_lightning.solver.evaluation import Batches, LossFunction
+from lrf_lightning.solver.hooks import goes_back
 from lrf_lightning.solver.layer_input import LayerInput
 from lrf_lightning.solver.layer_statistics import LayerStatistics, TiedUse, empty_statistics, whole_sides
 from lrf_lightning.solver.moments import Moment
@@ -86,30 +87,31 @@ def collect_statistics(
         ValueError: if there is no batch, or a loss is not finite.
     """
     layers = {c.name: empty_statistics(model, c) for c in candidates}
-    seen: list[str] = []
+    seen: dict[str, int] = {}  # the order of the layers
     last_batch: dict[str, int] = {}
     calls: Calls = {(name, transposed): 0.0 for name in layers for transposed in (False, True)}
 
     def on_forward(use: Use, x: Tensor, output: Tensor, size: int, index: int) -> Callable[[Tensor], None] | None:
         name = use.name
         layer, part = layers[name], layers[name].use(transposed=use.transposed)
-        if name not in seen:
-            layer.order = len(seen)
-            seen.append(name)
-        layer.repeated = layer.repeated or last_batch.get(name) == index
-        last_batch[name] = index
-        layer.input_bytes = max(layer.input_bytes, x.numel() * x.element_size() / size)
+        first = not goes_back()  # a checkpointed part that runs again was counted when it ran first
+        if first:
+            layer.order = seen.setdefault(name, len(seen))
+            layer.repeated = layer.repeated or last_batch.get(name) == index
+            last_batch[name] = index
+            layer.input_bytes = max(layer.input_bytes, x.numel() * x.element_size() / size)
         if layer.problem:
             return None
         try:
             available = part.reader.rows_per_sample(x, size)
             positions = sampler.positions(layer.candidate, available, index, x.device)
-            _add_inputs(part, x, positions, size)
+            if first:
+                _add_inputs(part, x, positions, size)
+                calls[name, use.transposed] += available * size
+                part.observed = part.observed or LayerInput.of(x, size, available * size)
         except UnreadableRowsError as error:
             layer.problem = str(error)
             return None
-        calls[name, use.transposed] += available * size
-        part.observed = part.observed or LayerInput.of(x, size, available * size)
 
         def on_gradient(grad: Tensor) -> None:
             grad_rows = part.reader.gradients(grad, positions, size)

@@ -151,6 +151,25 @@ def test_compensation_brings_the_outputs_nearer(problem):
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_a_step_may_change_its_batch(problem):
+    model, batches, layers, sampler = problem
+
+    def changing(model, batch):
+        x = batch.pop(0).add_(0.5)
+        return functional.cross_entropy(model(x), batch.pop(), reduction="none")
+
+    def plain(model, batch):
+        return loss(model, (batch[0] + 0.5, batch[1]))
+
+    batches = [list(batch) for batch in batches]
+    wanted, found = (
+        built((model, batches, layers, sampler), dict.fromkeys(layers, 2), loss=function)
+        for function in (plain, changing)
+    )
+    for name in layers:
+        torch.testing.assert_close(found.get_submodule(name).weight, wanted.get_submodule(name).weight, rtol=0, atol=0)
+
+
 def test_models_and_layers_are_as_before(problem):
     model, _, layers, _ = problem
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -205,3 +224,64 @@ def test_layers_may_run_in_any_order_or_repeatedly():
     compressed = built((model, batches, layers, sampler), dict.fromkeys(layers, 2))
     assert all(type(compressed.get_submodule(name)).__name__ == "LowRankLinear" for name in layers)
     assert torch.isfinite(loss(compressed, batches[1])).all()
+
+
+class Local(nn.Module):
+    """Adds the activations of its first layer further down."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 20), nn.Linear(20, 20), nn.Linear(20, 20)
+        self.head = nn.Linear(20, 4)
+        self.kept = []
+
+    def forward(self, x):
+        skip = torch.relu(self.a(x))
+        return self.head(torch.relu(self.c(torch.relu(self.b(skip)) - skip)))
+
+
+class OnSelf(Local):
+    """Keeps them on itself meanwhile."""
+
+    def forward(self, x):
+        self.skip = torch.relu(self.a(x))
+        return self.head(torch.relu(self.c(torch.relu(self.b(self.skip)) - self.skip)))
+
+
+class InAList(Local):
+    """Keeps them in a list that it clears."""
+
+    def forward(self, x):
+        self.kept.clear()
+        self.kept.append(torch.relu(self.a(x)))
+        return self.head(torch.relu(self.c(torch.relu(self.b(self.kept[0])) - self.kept[0])))
+
+
+class InABuffer(Local):
+    """Replaces a buffer by them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("skip", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        self.skip = torch.relu(self.a(x))
+        return self.head(torch.relu(self.c(torch.relu(self.b(self.skip)) - self.skip)))
+
+
+@pytest.mark.parametrize("keeping", [OnSelf, InAList, InABuffer])
+@pytest.mark.parametrize("sizes", [(20, 20, 20), (20, 13, 7)])
+def test_activations_kept_on_modules_are_those_of_the_same_pass(keeping, sizes):
+    local = Local()
+    batches = [(torch.randn(size, 12), torch.randint(4, (size,))) for size in sizes]
+    found = []
+    for model in (local, keeping()):
+        model.load_state_dict(local.state_dict())
+        candidates, _ = find_layers(model)
+        sampler = AllRows(1, sum(sizes), 0)
+        layers = collect_statistics(model, candidates, loss, batches, CPU, sampler=sampler)
+        attributes, kept = set(model.__dict__), list(model.kept)
+        found.append(built((model, batches, layers, sampler), dict.fromkeys(layers, 2)))
+        assert set(model.__dict__) == attributes
+        assert list(map(id, model.kept)) == list(map(id, kept))
+    torch.testing.assert_close(found[1].state_dict(), found[0].state_dict(), rtol=0, atol=0)

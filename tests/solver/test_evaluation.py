@@ -1,12 +1,14 @@
 """Losses and scores of every sample, and what happens with unusual batches and loss functions."""
 
 import math
-from collections import namedtuple
+from collections import OrderedDict, UserDict, namedtuple
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.testing import assert_close
 
 from lrf_lightning.solver.evaluation import Outcome, StepOutput, batch_size, evaluate, to_device
 from lrf_lightning.solver.loss_terms import LossTerms
@@ -200,6 +202,63 @@ def test_every_tensor_of_a_batch_is_moved():
     assert isinstance(moved["pair"], Pair)
     assert moved["pair"].x.device == moved["pair"].y[0].device == meta
     assert moved["n"] == 3
+
+
+class Fields(dict):
+    """A mapping of the user's, with items as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Movable:
+    """A batch that moves itself, in place."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device):
+        self.x = self.x.to(device)
+        return self
+
+
+@pytest.mark.parametrize("kind", [dict, Fields, OrderedDict, UserDict])
+def test_mappings_keep_their_type(kind):
+    moved = to_device(kind(x=torch.ones(2), name="a"), CPU)
+    assert type(moved) is kind
+    assert moved["name"] == "a"
+    assert_close(moved["x"], torch.ones(2))
+
+
+def test_a_mapping_that_cannot_be_filled_becomes_a_dictionary():
+    moved = to_device(MappingProxyType({"x": torch.ones(2)}), CPU)
+    assert_close(moved, {"x": torch.ones(2)})
+
+
+def test_a_moved_batch_is_a_copy_that_a_step_may_change():
+    x, y, z = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+    batch = {"x": x, "list": [y], "own": Movable(z)}
+    moved = to_device(batch, CPU)
+    for tensor in (moved.pop("x"), moved["list"].pop(), moved["own"].x):
+        tensor.add_(1)
+    assert list(batch) == ["x", "list", "own"]
+    assert batch["list"][0] is y
+    assert_close(torch.stack([x, y, z, batch["own"].x]), torch.zeros(4, 3))
+
+
+def test_only_the_rows_of_a_batch_are_copied():
+    data = torch.arange(1000.0)
+    moved = to_device([data[:2]], CPU)
+    assert moved[0].untyped_storage().nbytes() == 8
+
+
+def test_a_step_that_changes_its_batch_sees_the_same_one_every_time():
+    def changing(model, batch):
+        x, y = batch.pop("x").sub_(0.5), batch.pop("y")
+        return per_sample(model, (x, y))
+
+    model, data = classifier(), [{"x": x, "y": y} for x, y in batches(8, 5)]
+    first, second = (evaluate(model, changing, data, CPU) for _ in range(2))
+    torch.testing.assert_close(first.losses, second.losses, rtol=0, atol=0)
 
 
 def test_measurement_is_the_weighted_mean():

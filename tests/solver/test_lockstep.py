@@ -1,9 +1,11 @@
 import threading
+import weakref
+from functools import partial
 
 import pytest
 import torch
 
-from lrf_lightning.solver.lockstep import pause, runs
+from lrf_lightning.solver.lockstep import Run, pause, runs
 
 
 def test_runs_pause_with_events_and_go_on_with_replies():
@@ -103,3 +105,41 @@ def test_runs_made_together_draw_the_same_numbers_and_leave_the_callers_state():
 def test_pausing_outside_of_a_run_is_an_error():
     with pytest.raises(RuntimeError, match="outside of a run"):
         pause("lost")
+
+
+def test_what_is_around_a_run_is_there_while_it_works():
+    inside = []
+
+    class Around:
+        def __enter__(self):
+            inside.append("in")
+
+        def __exit__(self, *_):
+            inside.append("out")
+
+    def work():
+        try:
+            inside.append("works")
+            pause("event")
+        finally:
+            inside.append("ends")
+
+    with runs([Run(work, Around()), Run(work, Around())]) as (run, _):
+        run.resume()
+        assert inside == ["in", "works", "out"]
+    assert inside == ["in", "works", "out", "in", "ends", "out"], "also where a run is unwound"
+
+
+def test_a_run_that_has_ended_holds_nothing():
+    class Batch:
+        pass
+
+    batch = Batch()
+    reference = weakref.ref(batch)
+    with runs([Run(partial(lambda _: pause("event"), batch))]) as (run,):
+        del batch
+        run.resume()
+        assert reference() is not None
+        run.resume()
+        assert run.finished
+        assert reference() is None
