@@ -26,7 +26,6 @@ batches or sets the training mode: the solver and :mod:`lrf_lightning.loaders` d
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import re
@@ -44,7 +43,7 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
 from lrf_lightning.loss_calls import explanation
-from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode
+from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode, own_copy
 from lrf_lightning.step_record import StepRecord, run_step
 
 __all__ = ["Score", "StepLoss", "can_be_run"]
@@ -127,7 +126,7 @@ class StepLoss:
                 output = self.loss(module, batch)
                 output = StepOutput(output) if isinstance(output, Tensor) else output
                 return output if self.score is None else _with_score(output, self._extra_score(module, batch, None))
-            kept = batch if self.score is None else _copied(batch)  # a step may change its batch
+            kept = batch if self.score is None else own_copy(batch)  # a step may change its batch
             if self._source is None:
                 self._source = _decide(module, batch)
                 logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
@@ -200,7 +199,7 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
             continue
         try:
             with _grad_everywhere(module):
-                record = run_step(module, step, _copied(batch))
+                record = run_step(module, step, own_copy(batch))
         except Exception as error:  # a step may depend on state that only training has: the other one is tried
             logger.debug("%s failed outside of a fit", step, exc_info=True)
             problems.append(f"{step} raised {type(error).__name__}: {error}")
@@ -217,15 +216,6 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
         f"no step of {type(module).__name__} gives a floating-point scalar loss that gradients flow through "
         f"({'; '.join(problems)}). Return the loss from validation_step, or pass loss=a callable (module, batch)"
     ) from cause
-
-
-def _copied(batch: Any) -> Any:
-    """The batch once more, for a step that may change it; the batch itself where it cannot be copied."""
-    try:
-        return copy.deepcopy(batch)
-    except Exception:
-        logger.debug("a batch of type %s cannot be copied", type(batch).__name__, exc_info=True)
-        return batch
 
 
 def _places(step: str, record: StepRecord) -> Iterator[str]:

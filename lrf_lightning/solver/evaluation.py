@@ -31,7 +31,9 @@ __all__ = [
     "batch_size",
     "evaluate",
     "evaluation_mode",
+    "own_copy",
     "step",
+    "tensors",
     "to_device",
 ]
 
@@ -175,6 +177,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return _moved(batch, device, {})
 
 
+def own_copy(batch: Any) -> Any:
+    """A deep copy for somebody who may change it; the batch itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # the user's types; tensors inside a graph
+        return batch
+
+
 def _moved(batch: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
     """Like :func:`to_device`; a tensor that is ``known`` by its id stays one tensor, such as an input as target."""
     if isinstance(batch, Tensor):
@@ -185,7 +195,7 @@ def _moved(batch: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
     if isinstance(batch, (dict, UserDict)):
         return _filled(batch, {key: _moved(value, device, known) for key, value in batch.items()})
     if hasattr(batch, "to") and not isinstance(batch, nn.Module):
-        return _copied(batch).to(device)
+        return own_copy(batch).to(device)
     if isinstance(batch, Mapping):
         return _filled(batch, {key: _moved(value, device, known) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -210,14 +220,6 @@ def _filled(mapping: Any, values: dict[Any, Any]) -> Any:
     except Exception:  # the user's types
         return values
     return filled
-
-
-def _copied(batch: Any) -> Any:
-    """A copy of an object that moves itself, maybe in place; the object itself if it cannot be copied."""
-    try:
-        return copy.deepcopy(batch)
-    except Exception:  # the user's types; tensors inside a graph
-        return batch
 
 
 @contextmanager
