@@ -95,7 +95,8 @@ class LowRankCompression(Callback):
         verification: likewise, for the verdict.
         dirpath: folder for the compressed model, figures and tables, or the URL of one that fsspec understands; None
             is ``compressed`` in the run's own folder of the first logger.
-        weights: ``last``, the weights at the end of the fit, or ``best``, those of the best checkpoint.
+        weights: ``last``, the weights at the end of the fit, or ``best``, those of the best checkpoint by the first
+            ``ModelCheckpoint`` that has a ``monitor``.
         in_place: whether the layers of the live module are replaced as well.
         save: whether the compressed model is written, as a folder for ``load_compressed`` and as a checkpoint for
             ``Trainer.test(ckpt_path=...)``.
