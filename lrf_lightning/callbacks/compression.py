@@ -34,6 +34,7 @@ from lrf_lightning.device_batches import DeviceBatches
 from lrf_lightning.distributed import current_processes
 from lrf_lightning.export import ExportedFile, ExportError, export_model
 from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.report import print_report
 from lrf_lightning.run_folder import run_folder
@@ -331,7 +332,7 @@ class LowRankCompression(Callback):
                     load_best_weights(trainer, module)
                 module.to(device)
                 loaders = resolve_loaders(trainer, pl_module, **self.loaders, seed=seed)
-                host = copy.deepcopy(module).eval()  # transfer hooks may use buffers and look at the training mode
+                host = copied_model(module).eval()  # transfer hooks may use buffers and look at the training mode
             for note in loaders.notes:
                 logger.info(note)
             shares = [dealt(getattr(loaders, role), processes) for role in ROLES]
