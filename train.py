@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrf_lightning import CompressionResult, LowRankCompression
+from lrf_lightning.best_checkpoint import best_checkpoint_path
 from lrf_lightning.best_effort import best_effort
 from lrf_lightning.training_cache import fit_once, source_files
 from lrf_lightning.wandb_account import offline_without_account
@@ -204,7 +205,9 @@ def _test(
         rows["compressed"] = result.params_model[1], found
     if compression is None or not compression.in_place:
         best = compression is not None and compression.weights == "best"
-        found = trainer.test(model, datamodule=datamodule, ckpt_path="best" if best else None, verbose=False)[0]
+        # Lightning's own "best" is that of the first checkpoint callback, whether it watches a metric or not
+        path = (best_checkpoint_path(trainer) or "best") if best else None
+        found = trainer.test(model, datamodule=datamodule, ckpt_path=path, verbose=False)[0]
         metrics |= {name: torch.tensor(value) for name, value in found.items()}
         rows["dense"] = sum(parameter.numel() for parameter in model.parameters()), found
     for logger in trainer.loggers:

@@ -11,7 +11,6 @@ output, and that nothing else uses either of them or their parameters.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import warnings
@@ -22,6 +21,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.modules import (
     LowRankConv1d,
     LowRankConv2d,
@@ -92,7 +92,7 @@ def fold(model: nn.Module, call: SampleCall) -> tuple[nn.Module, list[str]]:
             f"{training[0] if training else 'the model'} is in training mode, in which batch norm depends on the "
             "batch; call model.eval() first"
         )
-    new = copy.deepcopy(model)
+    new = copied_model(model)
     if not norms:
         return new, []
     try:

@@ -8,7 +8,6 @@ served by :mod:`lrf_lightning.lightning_checkpoint`; :func:`load_compressed` rea
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from lrf_lightning import safe_files
 from lrf_lightning.compression_record import CheckpointError, describe, to_json
 from lrf_lightning.lightning_checkpoint import is_lightning_checkpoint, lightning_checkpoint, parse_checkpoint
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.module_versions import with_versions
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.safe_files import AnyPath
@@ -131,7 +131,7 @@ def restore_dense(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, LowRankModule):
         return model.to_dense()
-    dense = copy.deepcopy(model)
+    dense = copied_model(model)
     restore_dense_structure(dense)
     return dense
 
@@ -149,7 +149,7 @@ def _model_file(path: AnyPath) -> str:
 
 def _fresh(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     if isinstance(model, nn.Module):
-        return copy.deepcopy(model)
+        return copied_model(model)
     made = model() if callable(model) else None
     if not isinstance(made, nn.Module):
         raise TypeError(f"model={model!r} is neither a module nor a class or function that makes one without arguments")

@@ -11,7 +11,6 @@ onnx, onnxscript and onnxruntime, the extra ``export``, are imported only by :fu
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import logging
 import os
@@ -29,6 +28,7 @@ from torch.utils import _pytree as pytree
 from lrf_lightning import random_state, safe_files
 from lrf_lightning.batch_norm_folding import fold
 from lrf_lightning.checkpoint import restore_dense
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.sample_call import Sample, SampleCall
@@ -167,7 +167,7 @@ def _export(
     call = SampleCall(sample).to("cpu")
     if dynamic_batch:
         call = call.resized(2)  # torch takes a batch of one for a constant, and more take more time
-    original = copy.deepcopy(model).cpu().eval()
+    original = copied_model(model).cpu().eval()
     with _deployable(), TemporaryDirectory() as temporary:
         ready, folded = fold(original, call) if fold_norms else (original, [])
         file = Path(temporary) / file_name

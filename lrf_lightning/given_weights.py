@@ -6,7 +6,6 @@ not: ``module.`` from DDP, ``_orig_mod.`` from ``torch.compile``, or the attribu
 
 from __future__ import annotations
 
-import copy
 import io
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import nn
 
 from lrf_lightning import random_state, safe_files
 from lrf_lightning.lightning_checkpoint import LOAD_ERRORS
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.module_versions import without_prefix
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.structure_hook import follow_structure
@@ -44,7 +44,7 @@ def with_weights(model: nn.Module, weights: Weights) -> nn.Module:
     inner = state.get("state_dict")
     state = inner if isinstance(inner, Mapping) else state
     prefix = _prefix(model, state, source)
-    new = copy.deepcopy(model)
+    new = copied_model(model)
     own = without_prefix(state, prefix)
     try:
         with random_state.preserved():  # layers draw weights when they are made

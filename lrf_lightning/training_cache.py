@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lrf_lightning import random_state
+from lrf_lightning.best_checkpoint import best_checkpoint_callback
 from lrf_lightning.best_effort import best_effort
 from lrf_lightning.calibration_cache import locked
 from lrf_lightning.fingerprint import UnknownContentError, fingerprint
@@ -135,7 +136,7 @@ def _store(entry: Path, trainer: Trainer, module: LightningModule) -> None:
         torch.save(module.state_dict(), temporary / WEIGHTS)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         (temporary / METRICS).write_text(json.dumps(metrics))
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        best = getattr(_best_callback(trainer), "best_model_path", "")
         if best and Path(best).is_file():
             shutil.copyfile(best, temporary / BEST)
         os.replace(temporary, entry)
@@ -143,10 +144,16 @@ def _store(entry: Path, trainer: Trainer, module: LightningModule) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _best_callback(trainer: Trainer) -> Any:
+    """The callback that is asked for the best checkpoint; where none watches a metric, the one that Lightning asks."""
+    return best_checkpoint_callback(trainer) or trainer.checkpoint_callback
+
+
 def _load(entry: Path, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule) -> None:
     module.load_state_dict(torch.load(entry / WEIGHTS, map_location="cpu", weights_only=True))
-    if (entry / BEST).is_file() and trainer.checkpoint_callback is not None:
-        trainer.checkpoint_callback.best_model_path = str(entry / BEST)  # type: ignore[attr-defined]
+    callback = _best_callback(trainer)
+    if (entry / BEST).is_file() and callback is not None:
+        callback.best_model_path = str(entry / BEST)
     trainer.validate(module, datamodule=datamodule, verbose=False)  # tells the trainer its data
     metrics = json.loads((entry / METRICS).read_text())
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})

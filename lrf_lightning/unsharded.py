@@ -72,9 +72,8 @@ def copied(module: LightningModule, memo: dict[int, Any]) -> LightningModule:
     Args:
         module: the module.
         memo: what stands in for some objects, by their ``id``, as in :func:`copy.deepcopy`; :func:`whole_weights` for
-            spread ones.
+            spread ones. What is copied is entered.
     """
-    memo = dict(memo)
     changed = [child for child in module.modules() if _is_changed(child)]
     # all of them first, since attributes may refer to any of them
     memo |= {id(child): object.__new__(_original_class(child)) for child in changed}

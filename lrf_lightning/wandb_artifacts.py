@@ -20,6 +20,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lrf_lightning.best_checkpoint import best_checkpoint_path
 from lrf_lightning.best_effort import best_effort
 from lrf_lightning.solver.result import Solution
 from lrf_lightning.summary import HOLDS, PREFIX
@@ -100,7 +101,7 @@ def dense_checkpoint(trainer: Trainer, weights: str) -> Path | None:
     if trainer.state.fn != TrainerFn.FITTING:  # nothing was trained
         found = [trainer.ckpt_path]
     elif weights == "best":
-        found = [getattr(trainer.checkpoint_callback, "best_model_path", None)]
+        found = [best_checkpoint_path(trainer)]
     else:
         callbacks = trainer.checkpoint_callbacks
         found = [getattr(callback, "last_model_path", None) for callback in callbacks]

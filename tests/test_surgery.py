@@ -336,6 +336,81 @@ class TestReplaceModule:
         assert model["attn"].v_proj.rank == 2
 
 
+class TestHooks:
+    """Hooks of users stay where they were registered, whatever stands there."""
+
+    @staticmethod
+    def observed(model, name):
+        """Register hooks of all kinds; returns what they note, and their handles."""
+        seen, layer = [], model.get_submodule(name)
+        return seen, [
+            layer.register_forward_pre_hook(lambda m, args: seen.append("before")),
+            layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append("before+"), with_kwargs=True),
+            layer.register_forward_hook(lambda m, args, output: seen.append("after")),
+            layer.register_forward_hook(
+                lambda m, args, kwargs, output: seen.append("after+"), with_kwargs=True, always_call=True
+            ),
+            layer.register_full_backward_pre_hook(lambda m, output: seen.append("backward before")),
+            layer.register_full_backward_hook(lambda m, inputs, output: seen.append("backward")),
+        ]
+
+    EVERY = ("before", "before+", "after", "after+", "backward before", "backward")
+
+    def assert_called(self, model, x, seen):
+        seen.clear()
+        model(x).sum().backward()
+        assert tuple(seen) == self.EVERY
+
+    def test_when_a_layer_is_replaced_and_put_back(self):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        seen, handles = self.observed(model, "0")
+        x = torch.ones(2, 6)
+        self.assert_called(model, x, seen)
+        set_structure(model, {"0": 2})
+        with torch.no_grad():
+            for parameter in model[0].parameters():
+                parameter.fill_(0.1)
+        self.assert_called(model, x, seen)
+        set_structure(model, {"0": 3})
+        assert type(model[0]) is LowRankLinear
+        self.assert_called(model, x, seen)
+        self.assert_called(copy.deepcopy(model), x, seen)
+        restore_dense_structure(model)
+        assert type(model[0]) is nn.Linear
+        self.assert_called(model, x, seen)
+        for handle in handles:
+            handle.remove()
+        model(x).sum().backward()
+        assert tuple(seen) == self.EVERY, "not called again"
+
+    def test_when_a_layer_that_shares_its_weight_is_replaced(self):
+        model = Tied()
+        seen, _ = self.observed(model, "second")
+        replace_module(model, "first", full_rank(model.first))
+        assert isinstance(model.second, LowRankModule)
+        assert not model.first._forward_hooks
+        self.assert_called(model, torch.ones(2, 8), seen)
+
+    def test_when_attention_is_split_and_packed(self):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+        weights = []
+        model["attention"].register_forward_hook(lambda m, args, output: weights.append(output[1]))
+        x = torch.randn(3, 1, 8)
+        for change in (lambda _: None, prepare, settle):
+            change(model)
+            model["attention"](x, x, x)
+        assert [w.shape for w in weights] == [(1, 3, 3)] * 3
+
+    def test_a_replacement_keeps_its_own(self):
+        model = nn.Sequential(nn.Linear(6, 6))
+        seen, _ = self.observed(model, "0")
+        new = full_rank(model[0])
+        new.register_forward_hook(lambda m, args, output: seen.append("own"))
+        replace_module(model, "0", new)
+        model(torch.ones(1, 6))
+        assert seen == ["own"]
+
+
 class TestStructure:
     @pytest.mark.parametrize("case", EVERY_CASE.values(), ids=EVERY_CASE)
     def test_round_trip_of_every_kind(self, case):

@@ -115,8 +115,9 @@ def test_a_replaced_live_module_is_kept_as_it_was_trained(tmp_path):
 
 def test_the_best_checkpoint_goes_along(tmp_path):
     def job(name):
-        checkpoint = ModelCheckpoint(dirpath=tmp_path / name, monitor="val/loss")
-        return Job(tmp_path / "cache", callbacks=[checkpoint], enable_checkpointing=True), checkpoint
+        periodic = ModelCheckpoint(dirpath=tmp_path / f"{name} periodic")
+        checkpoint = ModelCheckpoint(dirpath=tmp_path / name, monitor="val/loss", mode="max")
+        return Job(tmp_path / "cache", callbacks=[periodic, checkpoint], enable_checkpointing=True), checkpoint
 
     _, own = job("first")
     second, other = job("second")

@@ -190,20 +190,23 @@ def test_a_lost_connection_is_a_warning(folder, bare_trainer):
 def checkpointed(tmp_path):
     """What a fit with checkpoints of all kinds looks like when it ends."""
 
-    def fit(**options):
+    def fit(*others, **options):
         saving = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", **options)
-        run = small_trainer(callbacks=[saving], enable_checkpointing=True)
+        run = small_trainer(callbacks=[*others, saving], enable_checkpointing=True)
         run.fit(Classifier(), loader(), loader(seed=1))
         return run
 
     return fit
 
 
-def test_the_dense_checkpoint_is_the_file_with_the_weights_that_were_compressed(checkpointed, bare_trainer):
+def test_the_dense_checkpoint_is_the_file_with_the_weights_that_were_compressed(checkpointed, bare_trainer, tmp_path):
     assert dense_checkpoint(bare_trainer, "last") is None
     watched = checkpointed(monitor="train/loss", mode="max", save_last=True)
     assert dense_checkpoint(watched, "last").name == "last.ckpt"
     assert dense_checkpoint(watched, "best").name == "epoch=0.ckpt"
+    periodic = ModelCheckpoint(tmp_path / "periodic", filename="{epoch}")
+    several = checkpointed(periodic, monitor="train/loss", mode="max")
+    assert dense_checkpoint(several, "best").parent.name == "checkpoints", "the first one watches nothing"
     without = checkpointed(monitor="train/loss", mode="max")
     assert dense_checkpoint(without, "last") is None, "the best weights are others"
     assert dense_checkpoint(checkpointed(), "last").name.startswith("epoch=1")

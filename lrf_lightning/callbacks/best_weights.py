@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from lrf_lightning.best_checkpoint import best_checkpoint_path
+
 __all__ = ["load_best_weights"]
 
 logger = logging.getLogger(__name__)
@@ -25,20 +27,20 @@ def load_best_weights(trainer: Trainer, module: LightningModule) -> None:
     With ``fast_dev_run`` there are no checkpoints, and the weights stay.
 
     Args:
-        trainer: its checkpoint callback knows the file.
+        trainer: the first of its checkpoint callbacks that watches a metric knows the file.
         module: a copy of the trained module.
 
     Raises:
         ValueError: if there is no best checkpoint, or it holds objects that cannot be loaded safely.
     """
-    callback: Any = trainer.checkpoint_callback
-    path = getattr(callback, "best_model_path", "")
+    path = best_checkpoint_path(trainer)
     if not path and getattr(trainer, "fast_dev_run", False):
         logger.info("fast_dev_run writes no checkpoints; the last weights are compressed instead of the best ones.")
         return
     if not path:
         raise ValueError(
-            "weights='best', but no best checkpoint was written; let ModelCheckpoint save one, or use weights='last'"
+            "weights='best', but no best checkpoint was written; let a ModelCheckpoint with a monitor save one, or use "
+            "weights='last'"
         )
     checkpoint = _load(trainer, path, module)
     module.on_load_checkpoint(checkpoint)

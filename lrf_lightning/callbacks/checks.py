@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lrf_lightning import safe_files
+from lrf_lightning.best_checkpoint import best_checkpoint_callback
 from lrf_lightning.export import FORMATS, missing_packages
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.step_loss import can_be_run
@@ -134,15 +135,29 @@ def check_processes(trainer: Trainer, *, in_place: bool) -> None:
 
 
 def check_best_weights(trainer: Trainer) -> None:
-    """Ask for a checkpoint callback if the best weights are wanted.
+    """Ask for a checkpoint callback that can tell the best weights if they are wanted.
 
     Raises:
-        MisconfigurationException: if there is none; ``fast_dev_run`` switches it off and is let through.
+        MisconfigurationException: if there is none, none watches a metric, or those that do keep no file;
+            ``fast_dev_run`` switches them off and is let through.
     """
-    if trainer.checkpoint_callback is None and not getattr(trainer, "fast_dev_run", False):
+    if getattr(trainer, "fast_dev_run", False) or best_checkpoint_callback(trainer) is not None:
+        return
+    callbacks = trainer.checkpoint_callbacks
+    if not callbacks:
         raise MisconfigurationException(
-            "weights='best' needs a ModelCheckpoint callback and there is none; add one, or use weights='last'"
+            "weights='best' needs a ModelCheckpoint callback and there is none; add one with a monitor, such as "
+            "ModelCheckpoint(monitor='val/loss'), or use weights='last'"
         )
+    if all(getattr(callback, "monitor", None) is None for callback in callbacks):
+        raise MisconfigurationException(
+            "weights='best' needs a ModelCheckpoint callback that watches a metric, and none has a monitor; give one "
+            "the name of a logged metric, such as ModelCheckpoint(monitor='val/loss'), or use weights='last'"
+        )
+    raise MisconfigurationException(
+        "weights='best' needs a ModelCheckpoint callback that keeps its best file, and those with a monitor have "
+        "save_top_k=0; give one save_top_k=1, or use weights='last'"
+    )
 
 
 def check_folder(directory: Path, *, create: bool) -> None:

@@ -34,6 +34,7 @@ from lrf_lightning.device_batches import DeviceBatches
 from lrf_lightning.distributed import current_processes
 from lrf_lightning.export import ExportedFile, ExportError, export_model
 from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.report import print_report
 from lrf_lightning.run_folder import run_folder
@@ -95,7 +96,8 @@ class LowRankCompression(Callback):
         verification: likewise, for the verdict.
         dirpath: folder for the compressed model, figures and tables, or the URL of one that fsspec understands; None
             is ``compressed`` in the run's own folder of the first logger.
-        weights: ``last``, the weights at the end of the fit, or ``best``, those of the best checkpoint.
+        weights: ``last``, the weights at the end of the fit, or ``best``, those of the best checkpoint by the first
+            ``ModelCheckpoint`` that has a ``monitor``.
         in_place: whether the layers of the live module are replaced as well.
         save: whether the compressed model is written, as a folder for ``load_compressed`` and as a checkpoint for
             ``Trainer.test(ckpt_path=...)``.
@@ -334,7 +336,7 @@ class LowRankCompression(Callback):
                     load_best_weights(trainer, module)
                 module.to(device)
                 loaders = resolve_loaders(trainer, pl_module, **self.loaders, seed=seed)
-                host = copy.deepcopy(module).eval()  # transfer hooks may use buffers and look at the training mode
+                host = copied_model(module).eval()  # transfer hooks may use buffers and look at the training mode
             for note in loaders.notes:
                 logger.info(note)
             shares = [dealt(getattr(loaders, role), processes) for role in ROLES]

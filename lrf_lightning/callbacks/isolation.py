@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +14,10 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lrf_lightning import random_state
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.unsharded import copied
 
 __all__ = ["UncompiledModule", "detached_copy", "undisturbed"]
-
-logger = logging.getLogger(__name__)
 
 COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
@@ -55,7 +51,8 @@ def detached_copy(module: LightningModule, whole: Mapping[int, Tensor] | None = 
     """A deep copy without the trainer, in which nothing is compiled and no weight is spread over processes.
 
     Tensors that hang on a graph (losses that a step has left in an attribute) are copied without it, since torch
-    refuses to copy them otherwise. Attributes that cannot be copied at all, such as locks and open files, are shared.
+    refuses to copy them otherwise. Attributes that cannot be copied at all, such as locks and open files, are shared,
+    and so is a trainer that hangs in another attribute; see :mod:`~lrf_lightning.model_copy`.
 
     Args:
         module: the module.
@@ -63,20 +60,13 @@ def detached_copy(module: LightningModule, whole: Mapping[int, Tensor] | None = 
             :func:`~lrf_lightning.unsharded.whole_weights`.
     """
     memo: dict[int, Any] = dict(whole or {})
-    for child in module.modules():
-        for tensor in _graph_tensors(child.__dict__):
-            memo[id(tensor)] = tensor.detach().clone()
     if module._compiler_ctx is not None:
         memo[id(module._compiler_ctx)] = None
     mesh = getattr(module, "_device_mesh", None)
     if mesh is not None:
         memo[id(mesh)] = None
-    try:
-        new = copied(module, memo)
-    except (TypeError, ValueError, RuntimeError, pickle.PicklingError) as error:
-        shared = _uncopyable(module, memo)
-        logger.info("The copy of the module shares attributes that cannot be copied (%s): %s", error, list(shared))
-        new = copied(module, memo | {id(value): value for value in shared.values()})
+    # the live module's data is the user's, and steps may write into it
+    new = copied_model(module, memo, data=False, copier=copied)
     new.trainer = None
     if module._compiler_ctx is not None:
         # these attributes would still call the original's compiled methods
@@ -133,29 +123,3 @@ def _preserved_flags() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         if torch.get_float32_matmul_precision() != precision:
             torch.set_float32_matmul_precision(precision)
-
-
-def _uncopyable(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
-    """Attributes by qualified name, torch's own left out, whose deep copy fails."""
-    # what refers back to the modules shall not fail because of their other attributes
-    known = memo | {id(child): child for child in module.modules()}
-    own = set(nn.Module().__dict__)
-    failing = {}
-    for prefix, child in module.named_modules():
-        for name, value in child.__dict__.items():
-            if name in own or name in ("_trainer", "_fabric"):
-                continue
-            try:
-                copy.deepcopy(value, dict(known))
-            except Exception:
-                failing[f"{prefix}.{name}".lstrip(".")] = value
-    return failing
-
-
-def _graph_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.grad_fn is not None:
-            yield value
-    elif depth and isinstance(value, (dict, list, tuple, set)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _graph_tensors(item, depth - 1)

@@ -7,8 +7,7 @@ needs no labels, but it does not always help: whether it does is decided on the 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lrf_lightning.distributed import ALONE, Processes
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, to_device
 
 __all__ = ["renormalized"]
@@ -28,6 +28,7 @@ def renormalized(
     batches: Batches,
     device: torch.device,
     processes: Processes = ALONE,
+    shared: Mapping[int, Any] | None = None,
 ) -> nn.Module | None:
     """A copy of ``model`` with the statistics of the calibration data, None if it has no batch norm that keeps any.
 
@@ -40,8 +41,9 @@ def renormalized(
         batches: this process's calibration data.
         device: where batches are moved to.
         processes: who else works on other batches.
+        shared: what the copy shares, see :func:`~lrf_lightning.model_copy.shareable`.
     """
-    copied = copy.deepcopy(model)
+    copied = copied_model(model, shared)
     norms = {name: module for name, module in copied.named_modules() if _keeps_statistics(module)}
     if not norms:
         return None

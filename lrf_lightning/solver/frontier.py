@@ -10,7 +10,6 @@ all of them, which is taken only if the selection split proves it better.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -192,7 +191,7 @@ class Frontier:
     def _with_norms(self, compressed: nn.Module) -> nn.Module | None:
         work = self.work
         with work.stage("batch norms", 0):
-            return renormalized(compressed, work.loss, work.calibration, work.device, work.processes)
+            return renormalized(compressed, work.loss, work.calibration, work.device, work.processes, work.shared)
 
     def _built(self, allocations: Sequence[Mapping[str, int]]) -> Iterator[nn.Module]:
         """Compensated copies of the dense model, as many at a time as fit into memory."""
@@ -208,7 +207,7 @@ class Frontier:
         self, allocations: Sequence[Mapping[str, int]], layers: Mapping[str, LayerStatistics]
     ) -> list[nn.Module]:
         work, settings = self.work, self.work.settings
-        copies = [copy.deepcopy(work.model) for _ in allocations]
+        copies = [work.copied() for _ in allocations]
         by_candidate = {id(layer.candidate): name for name, layer in layers.items()}
         with work.stage("compensation", sum(map(len, allocations))) as advance:
             for group in memory_groups((layer.candidate for layer in layers.values()), work.memory):

@@ -58,7 +58,8 @@ def observe_gradients(layers: Layers[Key], on_forward: OnForward[Key]) -> Iterat
         return observe
 
     handles = [
-        module.register_forward_hook(hook(name, modules[0]), with_kwargs=True)
+        # before hooks of the user, which may change the output
+        module.register_forward_hook(hook(name, modules[0]), with_kwargs=True, prepend=True)
         for name, modules in _sequences(layers)
         for module in modules
     ]

@@ -5,7 +5,6 @@ See the modules of this package for the mathematics of each stage; this one only
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from lrf_lightning.distributed import Processes, current_processes
+from lrf_lightning.model_copy import copied_model, shareable
 from lrf_lightning.solver.budgets import measure_budgets
 from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.certificate import certify, temperatures
@@ -105,7 +105,7 @@ def calibrated(
     processes = current_processes(device)
     with processes.together("the copy of the model"):
         _check_weights(model)
-        working = copy.deepcopy(model).to(device)
+        working = copied_model(model).to(device)
         prepare(working)
     _unify(working, settings, processes)
     work = Workspace(
@@ -118,6 +118,7 @@ def calibrated(
         processes,
     )
     dense = _evaluate_dense(work)
+    work.shared = shareable(working, model)
     candidates, work.skipped = find_layers(working, **settings.layer_choice)
     if candidates and calibration_step is None:
         calibrate(work, candidates)
@@ -192,7 +193,7 @@ def _choose(work: Workspace, dense: Outcome) -> _Choice:
     chosen: FrontierPoint | None
     if settings.cost == "latency" and settings.objective != "paper" and frontier.lowest >= 1:
         message = f"At no rank is any layer measurably faster than the dense one on {work.device}."
-        return _Choice(copy.deepcopy(work.model), dense, message)
+        return _Choice(copied_model(work.model), dense, message)
     if settings.objective == "frontier":
         return _choose_budgets(frontier)
     if settings.objective == "paper":
@@ -215,10 +216,11 @@ def _choose(work: Workspace, dense: Outcome) -> _Choice:
         )
     points = marked(frontier.points, dense.measurement(), dense_params, chosen)
     if chosen is None:
-        return _Choice(copy.deepcopy(work.model), dense, message, None, points)
+        return _Choice(copied_model(work.model), dense, message, None, points)
     point = next(point for point in points if point.chosen)
     message += frontier.note(chosen)
-    return _Choice(frontier.build(chosen.ranks), frontier.outcome(chosen), message, point, points)
+    model = copied_model(frontier.build(chosen.ranks))  # shares nothing with the dense model that a step may write to
+    return _Choice(model, frontier.outcome(chosen), message, point, points)
 
 
 def _choose_budgets(frontier: Frontier) -> _Choice:
@@ -232,7 +234,7 @@ def _choose_budgets(frontier: Frontier) -> _Choice:
     chosen = next((point for point in points if point.chosen), None)
     if chosen is None:
         message = f"No budget kept loss and score within the noise on the selection split.{note}"
-        return _Choice(copy.deepcopy(work.model), frontier.dense, message, None, points, models)
+        return _Choice(copied_model(work.model), frontier.dense, message, None, points, models)
     message = f"Smallest budget whose loss and score are as good as the original's on the selection split.{note}"
     message += frontier.note(chosen)
     return _Choice(models.build(chosen.ranks), frontier.outcome(chosen), message, chosen, points, models)

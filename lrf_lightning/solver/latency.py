@@ -36,6 +36,7 @@ from lrf_lightning.solver.layer_input import LayerInput
 from lrf_lightning.solver.layer_statistics import LayerStatistics, TiedUse
 from lrf_lightning.surgery import Candidate
 from lrf_lightning.surgery.kinds import low_rank_type
+from lrf_lightning.surgery.module_hooks import carry_hooks
 
 __all__ = ["LayerLatency", "LayerTimes", "device_name", "measure_layers", "median_polish", "ratio_at", "rising", "wait"]
 
@@ -276,6 +277,7 @@ def _stand_in(module: nn.Module, rank: int, split: int | None) -> nn.Module:
     for parameter in new.parameters():
         # memory that was never written may hold numbers that are slow to compute with
         parameter.fill_(0.01)
+    carry_hooks(module, new)  # they take their time in both
     return new.train(module.training)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning import random_state
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.allocation import RanksKey, ranks_key
 from lrf_lightning.surgery import prepare, set_structure
@@ -62,7 +62,7 @@ class PointModels:
             KeyError: if none was kept with these ranks.
         """
         kept = self._kept[ranks_key(allocation)]
-        model = copy.deepcopy(self.dense)
+        model = copied_model(self.dense)
         with random_state.preserved():  # new layers draw weights first
             set_structure(model, kept.ranks, kept.splits)
             prepare(model)  # attention whose projections are all dense was put back, but is split in what was kept

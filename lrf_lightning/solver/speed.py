@@ -11,7 +11,6 @@ collectives; their number cannot depend on times, and the figures are those of t
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 import statistics
@@ -92,7 +91,7 @@ def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int], 
     batch = next(iter(work.splits["verification"]), None)
     if batch is None:  # this process has none
         return None
-    dense = copy.deepcopy(work.model)
+    dense = work.copied()
     settle(dense)
     models = (dense, compressed)
     with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():

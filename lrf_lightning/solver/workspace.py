@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes, assigned
+from lrf_lightning.model_copy import copied_model
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.conv_orders import best_factors, decomposed, order_cost
 from lrf_lightning.solver.curves import Prediction
@@ -75,6 +76,7 @@ class Workspace:
         keeps_gradients: whether the moments of all gradients are in memory; else they are collected anew when needed.
         samples: samples in every split.
         seconds: wall-clock seconds of every stage.
+        shared: what all copies of the model share, see :func:`~lrf_lightning.model_copy.shareable`.
     """
 
     model: nn.Module
@@ -93,6 +95,11 @@ class Workspace:
     keeps_gradients: bool = True
     samples: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    shared: dict[int, Any] = field(default_factory=dict)
+
+    def copied(self) -> nn.Module:
+        """A copy of the dense model, for use within the solver."""
+        return copied_model(self.model, self.shared)
 
     def cost(self, layer: LayerStatistics, rank: int | None) -> float:
         """Cost of a layer at a rank, dense for None, in the unit of the setting ``cost``: latency is in seconds."""

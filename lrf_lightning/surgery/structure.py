@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrf_lightning.modules import LowRankModule, SplitAttention
 from lrf_lightning.surgery.kinds import LOW_RANK_OF, attention_objection, kind_objection, low_rank_type, weight_owners
+from lrf_lightning.surgery.module_hooks import carry_hooks
 from lrf_lightning.surgery.tied_keys import rename_tied_keys
 
 __all__ = ["factorized", "prepare", "replace_module", "restore_dense_structure", "set_structure", "settle"]
@@ -204,10 +205,12 @@ def _set_nested_tensors(model: nn.Module) -> None:
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module wherever another one hangs, with the hooks of that."""
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[child_name] = new
+    carry_hooks(old, new)
 
 
 def _twins(model: nn.Module, old: nn.Module) -> list[nn.Module]:

@@ -24,9 +24,9 @@ class Tracked(Classifier):
         self.loaded = True
 
 
-def fit(tmp_path, module, **options):
+def fit(tmp_path, module, *others, **options):
     checkpoint = ModelCheckpoint(tmp_path, monitor="badness", **options)
-    run = trainer(callbacks=[checkpoint], enable_checkpointing=True, max_epochs=3)
+    run = trainer(callbacks=[*others, checkpoint], enable_checkpointing=True, max_epochs=3)
     run.fit(module, loader())
     return run
 
@@ -38,6 +38,17 @@ def test_the_best_epoch_is_loaded(tmp_path):
     assert copy.net[4].bias.tolist() == [0.0] * 4
     assert copy.loaded
     assert run.lightning_module.net[4].bias.tolist() == [2.0] * 4
+
+
+def test_of_several_checkpoint_callbacks_the_first_with_a_monitor_knows_the_best(tmp_path):
+    periodic = ModelCheckpoint(tmp_path / "periodic", every_n_epochs=1)
+    nothing = ModelCheckpoint(tmp_path / "nothing", monitor="badness", mode="max", save_top_k=0)
+    run = fit(tmp_path, Tracked(), periodic, nothing)
+    assert run.checkpoint_callback is periodic
+    assert "epoch=2" in periodic.best_model_path, "without a monitor the best file is the latest one"
+    copy = Tracked()
+    load_best_weights(run, copy)
+    assert copy.net[4].bias.tolist() == [0.0] * 4
 
 
 def test_no_checkpoint_was_written(tmp_path):

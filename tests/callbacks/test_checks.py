@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -95,10 +96,21 @@ class TestLayers:
 
 
 def test_best_weights_need_checkpoints():
-    checks.check_best_weights(SimpleNamespace(checkpoint_callback=None, fast_dev_run=1))
-    checks.check_best_weights(SimpleNamespace(checkpoint_callback=object(), fast_dev_run=0))
-    with pytest.raises(MisconfigurationException, match="needs a ModelCheckpoint"):
-        checks.check_best_weights(SimpleNamespace(checkpoint_callback=None, fast_dev_run=0))
+    def check(*callbacks, fast_dev_run=0):
+        checks.check_best_weights(SimpleNamespace(checkpoint_callbacks=list(callbacks), fast_dev_run=fast_dev_run))
+
+    periodic, best = ModelCheckpoint(), ModelCheckpoint(monitor="val/loss")
+    nothing = ModelCheckpoint(monitor="val/loss", save_top_k=0)
+    check(fast_dev_run=1)
+    check(periodic, fast_dev_run=1)
+    check(best)
+    check(periodic, nothing, best)
+    with pytest.raises(MisconfigurationException, match=r"needs a ModelCheckpoint callback and there is none; add one"):
+        check()
+    with pytest.raises(MisconfigurationException, match=r"none has a monitor.*monitor='val/loss'.*weights='last'"):
+        check(periodic, Checkpoint())
+    with pytest.raises(MisconfigurationException, match=r"save_top_k=0.*save_top_k=1.*weights='last'"):
+        check(periodic, nothing)
 
 
 def test_arguments_of_every_allowed_kind():

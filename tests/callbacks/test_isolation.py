@@ -6,10 +6,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.compile import from_compiled
-from small_modules import CLASSES, Classifier, loader, network, trainer
+from small_modules import CLASSES, QUICK, Classifier, loader, network, trainer
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lrf_lightning import LowRankCompression, restore_dense
 from lrf_lightning.callbacks.isolation import UncompiledModule, detached_copy, undisturbed
 
 
@@ -170,3 +171,32 @@ def test_loggers_are_silent():
     assert recorder.rows == rows
     run.logger.log_metrics({"a": 1.0})
     assert recorder.rows == rows + 1
+
+
+@pytest.mark.parametrize("bound", [True, False], ids=["method", "closure"])
+def test_a_loss_of_features_that_a_hook_collects(bound):
+    class WithFeatures(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.features = {}
+            collect = self.collect if bound else lambda m, args, output: self.features.update(hidden=output)
+            self.net[2].register_forward_hook(collect)
+
+        def collect(self, module, args, output):
+            self.features["hidden"] = output
+
+        def loss(self, batch):
+            return super().loss(batch) + 0.1 * self.features.pop("hidden").abs().mean()
+
+    module = WithFeatures()
+    options = {"objective": "budget", "keep": 0.4, "save": False, "strict": True, "in_place": True, **QUICK}
+    compression = LowRankCompression(loss=lambda net, batch: net.loss(batch), **options)
+    fitted(module, callbacks=[compression])
+    model = compression.result.model
+    assert "net.2" in compression.result.ranks
+    assert module.features == {}, "every call of the solver was about a copy"
+    for net in (model, restore_dense(model), module):
+        (hook,) = net.net[2]._forward_hooks.values()
+        owner = hook.__self__ if bound else hook.__closure__[0].cell_contents
+        assert owner is net
+        assert torch.isfinite(net.loss(next(iter(loader(seed=2)))))

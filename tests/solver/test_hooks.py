@@ -70,6 +70,21 @@ def test_an_in_place_activation_does_not_change_what_was_seen():
     assert_close(seen[0]["grad"], (model[0](x) > 0).float())
 
 
+def test_an_output_is_seen_before_a_hook_of_the_user_changes_it():
+    layer = nn.Linear(3, 2)
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    x, outputs, gradients = torch.randn(4, 3), [], []
+
+    def on_forward(name, x, output):
+        outputs.append(output)
+        return gradients.append
+
+    with frozen_parameters([layer]), observe_gradients({"layer": layer}, on_forward):
+        layer(x).sum().backward()
+    assert_close(outputs[0], torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert_close(gradients[0], torch.full((4, 2), 2.0))
+
+
 def test_inputs_by_keyword():
     model, x, seen = ByKeyword(), torch.randn(5, 3), []
     assert_close(observed({"a": model.layer}, lambda: model(x), lambda y: y.sum())[0]["x"], x)

@@ -1,0 +1,33 @@
+"""The hooks that users have registered on a layer stay with the place in the model when the layer is replaced."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["carry_hooks"]
+
+# those of a call; hooks on state dicts know the names of a layer's parameters, which another kind of layer has not
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+# whether backward hooks are those of register_full_backward_hook
+FULL = "_is_full_backward_hook"
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks that are called around the forward and backward pass of the one it replaces.
+
+    Both hold the same dictionaries from then on, so that the handle of a hook removes it from whichever is in use. A
+    module that has hooks of its own keeps those.
+
+    Hooks that compute ``weight`` (weight norm, spectral norm, pruning) are never met: layers that have them are not
+    replaced, see :func:`~lrf_lightning.surgery.kinds.kind_objection`.
+    """
+    if not any(new.__dict__[name] for name in HOOKS):
+        new.__dict__.update({name: old.__dict__[name] for name in (*HOOKS, FULL)})
