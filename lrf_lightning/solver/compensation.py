@@ -33,7 +33,7 @@ from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, e
 from lrf_lightning.solver.factorization import divided
 from lrf_lightning.solver.hooks import first_tensor
 from lrf_lightning.solver.layer_statistics import LayerStatistics
-from lrf_lightning.solver.lockstep import Run, pause, runs
+from lrf_lightning.solver.lockstep import Run, pause, runs, unlocked
 from lrf_lightning.solver.moments import Moment
 from lrf_lightning.solver.own_attributes import Attributes, OwnAttributes
 from lrf_lightning.solver.statistics import RowSampler
@@ -201,6 +201,7 @@ class _Fitting:
                     yield Run(partial(loss, each, own), OwnAttributes(attributes))
 
         with ExitStack() as stack:
+            stack.enter_context(unlocked([model, *(target.model for target in targets)]))
             stack.enter_context(evaluation_mode(model))
             stack.enter_context(self._gates(model, self.layers, None))
             for target in targets:

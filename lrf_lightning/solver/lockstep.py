@@ -18,10 +18,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["Run", "pause", "runs"]
+__all__ = ["Run", "pause", "runs", "unlocked"]
 
 _current = threading.local()
+LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Semaphore)
 
 
 class _Cancelled(BaseException):
@@ -124,6 +126,48 @@ class Run:
         finally:
             self.finished = True
             self._rest.release()
+
+
+class _OpenLock:
+    """A lock that nobody waits for."""
+
+    def acquire(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def release(self) -> None:
+        return None
+
+    def locked(self) -> bool:
+        return False
+
+    def __enter__(self) -> bool:
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+@contextmanager
+def unlocked(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Let locks that are attributes of modules be open meanwhile.
+
+    A run that pauses while it holds one would make the next run wait for ever; since one run works at a time, nothing
+    has to be locked.
+    """
+    locks = [
+        (module, name, value)
+        for model in models
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, LOCKS)
+    ]
+    for module, name, _ in locks:
+        module.__dict__[name] = _OpenLock()
+    try:
+        yield
+    finally:
+        for module, name, value in locks:
+            module.__dict__[name] = value
 
 
 @contextmanager

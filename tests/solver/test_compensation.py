@@ -1,12 +1,14 @@
 """Compensation against direct least squares, and against fitting layer after layer by literal passes."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from lrf_lightning import compress
 from lrf_lightning.solver.compensation import compensated_target, fit_layers
 from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.statistics import RowSampler, collect_statistics
@@ -285,3 +287,27 @@ def test_activations_kept_on_modules_are_those_of_the_same_pass(keeping, sizes):
         assert set(model.__dict__) == attributes
         assert list(map(id, model.kept)) == list(map(id, kept))
     torch.testing.assert_close(found[1].state_dict(), found[0].state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [threading.Lock, threading.RLock, threading.Semaphore])
+def test_a_lock_around_the_forward_pass_stops_nobody(kind):
+    class Locked(nn.Sequential):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            self.lock = kind()
+
+        def forward(self, x):
+            with self.lock:
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Locked(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    batches = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(4)]
+
+    def per_sample(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    result = compress(model, per_sample, batches, batches, batches, objective="budget", keep=0.6, speed="none")
+    assert result.ranks
+    assert type(result.model.lock) is type(model.lock)
+    result.model(batches[0][0])
