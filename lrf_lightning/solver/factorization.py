@@ -41,7 +41,7 @@ LARGEST_SIDE = 16384
 
 # time of the eigendecomposition and of working with the root per cubed side, and of passing over a moment per entry, in
 # multiply-adds of products
-EIGEN, ENTRY = 15.0, 600.0
+EIGEN, ENTRY = 13.0, 250.0
 
 
 @dataclass(frozen=True)
