@@ -15,7 +15,6 @@ DataLoader is drawn once, with the seed, and kept; an iterator that can be run t
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
 from lrf_lightning.batches import EveryNth, FirstBatches, fixed_order, overlaps, rebuilt
+from lrf_lightning.combined_batches import CombinedBatches
 from lrf_lightning.random_state import seeded
 from lrf_lightning.solver.evaluation import Batches, tensors
 
@@ -146,11 +146,10 @@ def _given(trainer: Trainer, module: LightningModule, role: str, choice: Batches
         return choice
     if choice is None and _owner(trainer, module, name) is None:
         return None
+    method = _method(trainer, module, role, name)
     try:
-        loader = _method(trainer, module, role, name)()
+        loader = method()
     except Exception as error:
-        if _owner(trainer, module, name) is None:
-            raise
         raise ValueError(
             f"{role}: {name}() raised {type(error).__name__}: {error}. In a fit a datamodule is set up with "
             f"stage='fit' only; prepare there what {name} needs, or pass {role}=a loader"
@@ -223,24 +222,6 @@ def _first_loader(loaders: Any, role: str, notes: list[str], collection: bool = 
 
 def _fixed(loader: Any, seed: int) -> Iterable[Any]:
     return CombinedBatches(loader, seed) if isinstance(loader, CombinedLoader) else fixed_order(loader, seed)
-
-
-class CombinedBatches:
-    """What a CombinedLoader yields that takes a batch from every one of its loaders at a time.
-
-    Args:
-        loader: the model for it; its own loaders and its state stay as they are.
-        seed: see :func:`~lrf_lightning.batches.fixed_order`.
-    """
-
-    def __init__(self, loader: CombinedLoader, seed: int) -> None:
-        self._loader = copy.copy(loader)
-        self._loader.flattened = [fixed_order(item, seed) for item in loader.flattened]
-
-    def __iter__(self) -> Iterator[Any]:
-        combined = copy.copy(self._loader)  # it holds the state of its latest pass
-        for batch, _, _ in combined:
-            yield batch
 
 
 def _split(trainer: Trainer, roles: Sequence[str], seed: int, notes: list[str]) -> dict[str, Batches]:
