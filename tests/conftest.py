@@ -13,9 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
 torch.set_num_threads(1)
 
@@ -61,6 +58,9 @@ def project() -> Path:
 @pytest.fixture
 def composed(project, tmp_path):
     """Compose conf/train.yaml as Hydra does for a job that runs in an empty folder."""
+    from hydra import compose, initialize_config_dir  # machines with GPUs may lack Hydra, and run test_gpu.py
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     def build(*overrides: str):
         output = f"hydra.runtime.output_dir={tmp_path}/outputs"

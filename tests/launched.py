@@ -9,7 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import lightning.pytorch as pl
@@ -17,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from small_modules import QUICK, Classifier, clouds, trainer
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,6 +71,7 @@ class Notes(pl.Callback):
         result = self.compression.result
         digest = {name: float(value.double().sum()) for name, value in result.model.state_dict().items()}
         noted = {"ranks": result.ranks, "samples": result.samples, "sums": digest, "world": trainer.world_size}
+        noted["backend"] = dist.get_backend() if dist.is_initialized() else None
         (self.folder / f"process{trainer.global_rank}.json").write_text(json.dumps(noted))
 
 
@@ -80,6 +81,7 @@ def main():
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--uneven", action="store_true")
     parser.add_argument("--weights", default="last")
     parser.add_argument("--shards", action="store_true", help="whether checkpoints are folders of shards")
@@ -95,6 +97,7 @@ def main():
     fsdp2 = options.strategy == "fsdp2"
     runner = trainer(
         callbacks=callbacks,
+        accelerator=options.accelerator,
         max_epochs=1,
         enable_checkpointing=options.weights == "best",
         strategy=ModelParallelStrategy(options.devices, 1, options.shards) if fsdp2 else options.strategy,

@@ -1,10 +1,11 @@
-"""On a CUDA device: the solver against the CPU, the callback, mixed precision, and two processes on one device."""
+"""On CUDA devices: the solver against the CPU, the callback, mixed precision, and two processes with gloo and NCCL."""
 
 import copy
 import tempfile
 
 import pytest
 import torch
+from launching import check, notes, started, started_on_two_nodes
 from small_modules import QUICK, Classifier, clouds, loader, network, trainer
 from torch import distributed as dist
 from torch import multiprocessing as mp
@@ -98,3 +99,31 @@ def test_two_processes_find_what_one_finds():
     shared = copy.deepcopy(alone.model)
     shared.load_state_dict(found[0][1])
     torch.testing.assert_close(shared(x), alone.model(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def nccl():
+    """Environment variables for two processes with NCCL, which may share a device from version 2.30 on."""
+    if torch.cuda.device_count() > 1:
+        return {}
+    if torch.cuda.nccl.version() < (2, 30):
+        pytest.skip(f"NCCL {torch.cuda.nccl.version()} does not let two processes share the only device")
+    return {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_processes_with_nccl_find_what_one_finds(project, tmp_path, nccl, strategy):
+    gpu = ("--accelerator", "gpu")
+    (alone,) = notes(started(project, tmp_path / "alone", *gpu), folder=tmp_path / "alone", world=1)
+    folder = tmp_path / strategy
+    if strategy == "ddp":  # two nodes, each with its first device, which may be the same one
+        processes = started_on_two_nodes(project, folder, *gpu, "--strategy", strategy, environment=nccl)
+    elif torch.cuda.device_count() > 1:
+        processes = [started(project, folder, *gpu, "--strategy", strategy, "--devices", "2")]
+    else:
+        pytest.skip("ModelParallelStrategy shards within a node, which needs two devices")
+    found = notes(*processes, folder=folder, world=2)
+    assert alone["ranks"]
+    assert {note["backend"] for note in found} == {"nccl"}
+    check(found, alone, folder)

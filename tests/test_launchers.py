@@ -1,43 +1,13 @@
 """DDP as users start it: relaunched scripts, spawned and forked processes, torchrun, and two nodes."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 
 import pytest
-
-from lrf_lightning import load_compressed
+from launching import check, free_port, notes, started, started_on_two_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def started(project, folder, *options, launcher=(), environment=None):
-    """A running script and the folder it writes to."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, *launcher, project / "tests" / "launched.py", folder, *options]
-    variables = {**os.environ, "PYTHONPATH": str(project), **(environment or {})}
-    return subprocess.Popen(
-        command, env=variables, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def notes(*processes, folder, world):
-    """What every process of a finished job has noted, in order."""
-    for process in processes:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
-    assert len(list(folder.glob("process*.json"))) == world
-    found = [json.loads((folder / f"process{rank}.json").read_text()) for rank in range(world)]
-    assert all(note["world"] == world for note in found)
-    return found
 
 
 @pytest.fixture
@@ -47,19 +17,6 @@ def alone(project, tmp_path):
     (note,) = notes(started(project, folder), folder=folder, world=1)
     assert note["ranks"]
     return note
-
-
-def check(found, alone, folder):
-    for note in found:
-        assert note["ranks"] == alone["ranks"]
-        assert note["samples"] == alone["samples"]
-        assert note["sums"] == found[0]["sums"]
-        assert note["sums"] == pytest.approx(alone["sums"], rel=1e-4, abs=1e-4)
-    from launched import Frozen
-
-    model = load_compressed(Frozen(), folder / "compressed")
-    assert {n: float(v.double().sum()) for n, v in model.state_dict().items()} == found[0]["sums"]
-    assert (folder / "compressed" / "compressed.ckpt").is_file()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_notebook"])
@@ -87,16 +44,8 @@ def test_torchrun(project, tmp_path, alone):
 
 def test_two_nodes(project, tmp_path, alone):
     """Two launchers that know each other by an address only, as on two machines."""
-    folder, port = tmp_path / "nodes", free_port()
-    launchers = [
-        [
-            *("-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"),
-            *("--master_addr=127.0.0.1", f"--master_port={port}"),
-        ]
-        for node in range(2)
-    ]
-    options = ("--strategy", "ddp", "--devices", "1", "--nodes", "2")
-    processes = [started(project, folder, *options, launcher=launcher) for launcher in launchers]
+    folder = tmp_path / "nodes"
+    processes = started_on_two_nodes(project, folder, "--strategy", "ddp")
     check(notes(*processes, folder=folder, world=2), alone, folder)
 
 
