@@ -17,7 +17,7 @@ from lrf_lightning.unsharded import is_spread
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["OPTIMIZERS_KEY", "collect_optimizer_states", "restore_optimizer_states"]
+__all__ = ["OPTIMIZERS_KEY", "collect_optimizer_states", "drop_replaced_parameters", "restore_optimizer_states"]
 
 OPTIMIZERS_KEY = "lrf_lightning_optimizers"
 
@@ -49,6 +49,27 @@ def collect_optimizer_states(trainer: Trainer, module: LightningModule, compress
         }
         for optimizer in trainer.optimizers
     ]
+
+
+def drop_replaced_parameters(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Leave out of a checkpoint what optimizers know about parameters that the live module no longer has.
+
+    Their numbers would not go up when a fit resumes. Optimizers and schedulers then start as they do from
+    ``compressed.ckpt``. Nothing changes where the optimizers hold parameters of the module only.
+
+    Args:
+        trainer: its optimizers were made before layers of the module were replaced.
+        module: the live module.
+        checkpoint: what is about to be saved, changed in place.
+    """
+    present = {id(parameter) for parameter in module.parameters()}
+    held = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    if not all(id(parameter) in present for parameter in held):
+        checkpoint |= {
+            "optimizer_states": [],
+            "lr_schedulers": [],
+            OPTIMIZERS_KEY: collect_optimizer_states(trainer, module, module),
+        }
 
 
 def restore_optimizer_states(trainer: Trainer, module: LightningModule) -> None:

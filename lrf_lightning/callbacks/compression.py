@@ -267,6 +267,13 @@ class LowRankCompression(Callback):
         # a hook of the module may have changed the weights on purpose
         check_loaded(checkpoint, weights=not is_overridden("on_load_checkpoint", pl_module))
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a fit resume from what is saved after layers of the live module were replaced."""
+        from lrf_lightning.optimizer_state import drop_replaced_parameters
+
+        if self.in_place and self.result is not None:
+            drop_replaced_parameters(trainer, pl_module, checkpoint)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the optimizers what a compressed checkpoint kept of their state."""
         from lrf_lightning.optimizer_state import restore_optimizer_states

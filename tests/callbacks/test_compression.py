@@ -547,6 +547,30 @@ class TestFiles:
         assert any(isinstance(m, LowRankModule) for m in module.modules())
         assert (after == before, best == before) == (True, False)
 
+    def test_resume_from_what_was_saved_after_replacement_in_place(self, tmp_path):
+        module, callback = Classifier(), compression(in_place=True)
+        run = trainer(callbacks=[callback])
+        run.fit(module, loader(), loader(seed=1))
+        (untouched,) = (name for name in ("net.0", "net.2", "net.4") if name not in callback.result.ranks)
+        moment = run.optimizers[0].state[module.get_submodule(untouched).weight]["exp_avg"].clone()
+        run.save_checkpoint(tmp_path / "last.ckpt")
+
+        class Resumed(Classifier):
+            def on_train_start(self):
+                states = self.optimizers().state
+                names = {weight: name for name, weight in self.named_parameters()}
+                self.moments = {names[weight]: state["exp_avg"].clone() for weight, state in states.items()}
+
+        resumed = Resumed()
+        again = trainer(callbacks=[compression()], max_epochs=3)
+        again.fit(resumed, loader(), loader(seed=1), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+        assert again.current_epoch == 3
+        assert callback.result.ranks.keys() == {
+            name for name, part in resumed.named_modules() if isinstance(part, LowRankModule)
+        }
+        torch.testing.assert_close(resumed.moments[f"{untouched}.weight"], moment)
+        assert not any("factor" in name for name in resumed.moments)
+
     def test_folder_is_loaded_into_a_new_module(self, tmp_path):
         callback = compression(save=True, dirpath=tmp_path)
         trainer(callbacks=[callback]).fit(CompiledPart(), loader(), loader(seed=1))
