@@ -143,7 +143,7 @@ class StepLoss:
             rank_zero_warn(
                 f"a batch was counted as {size} samples, the first dimension of its first tensor, but its step logs "
                 f"with batch_size={record.batch_size}: intervals and numbers of samples will be wrong. Put a tensor "
-                "first that has a row for every sample"
+                "first that has a row for every sample, or yield an object with the number as batch_size"
             )
 
     def _record(self, module: LightningModule, step: str, batch: Any) -> StepRecord:

@@ -40,22 +40,18 @@ class LowRankLinear(LowRankModule):
     @classmethod
     def like(cls, dense: nn.Module, rank: int, *, split: int | None = None) -> LowRankLinear:
         """See :meth:`LowRankModule.like`."""
-        assert isinstance(dense, nn.Linear)
-        weight = dense.weight
-        return cls(
-            dense.in_features,
-            dense.out_features,
-            rank,
-            dense.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        weight = dense._parameters["weight"]
+        assert weight is not None
+        out_features, in_features = weight.shape
+        has_bias = dense._parameters.get("bias") is not None
+        return cls(in_features, out_features, rank, has_bias, device=weight.device, dtype=weight.dtype)
 
     @staticmethod
     def matrices(dense: nn.Module) -> Tensor:
         """See :meth:`LowRankModule.matrices`; shape (1, out_features, in_features)."""
-        assert isinstance(dense, nn.Linear)
-        return dense.weight.detach()[None]
+        weight = dense._parameters["weight"]
+        assert weight is not None
+        return weight.detach()[None]
 
     @property
     def weight(self) -> Tensor:

@@ -39,6 +39,8 @@ __all__ = [
 
 Batches = Iterable[Any]
 
+SIZES = ("num_graphs", "batch_size")  # names under which a user's object may say how many samples it holds
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -153,18 +155,37 @@ def step(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> StepOut
 
 
 def batch_size(batch: Any) -> int:
-    """Number of samples in a batch: the first dimension of the first tensor found in it.
+    """Number of samples in a batch.
+
+    A batch may say it itself, as those of PyTorch Geometric do (``num_graphs``, ``batch_size``). Otherwise it is the
+    first dimension of the first tensor found in the batch.
 
     Raises:
-        ValueError: if the batch holds no tensor with at least one dimension.
+        ValueError: if the batch does not say it and holds no tensor with at least one dimension.
     """
-    for tensor in tensors(batch):
-        if tensor.dim() > 0:
-            return int(tensor.shape[0])
+    for part in _parts(batch):
+        size = _said_size(part)
+        if size is not None:
+            return size
     raise ValueError(
         f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension, "
-        "so its samples cannot be counted; let the loader yield tensors whose first dimension is the batch"
+        "so its samples cannot be counted; let the loader yield tensors whose first dimension is the batch, "
+        "or an object with a number batch_size"
     )
+
+
+def _said_size(part: Any) -> int | None:
+    """What a tensor or a user's object says about the number of samples."""
+    if isinstance(part, Tensor):
+        return int(part.shape[0]) if part.dim() > 0 else None
+    for name in SIZES:
+        try:
+            size = getattr(part, name, None)
+        except Exception:  # the user's property
+            continue
+        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+            return size
+    return next((int(tensor.shape[0]) for tensor in tensors(part) if tensor.dim() > 0), None)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -237,17 +258,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def tensors(batch: Any) -> Iterator[Tensor]:
     """All tensors of a nested batch, in the order in which they stand there."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
+    for part in _parts(batch):
+        if isinstance(part, Tensor):
+            yield part
+        elif callable(getattr(part, "keys", None)) and hasattr(part, "__getitem__"):  # a graph, a TensorDict
+            for key in part.keys():  # noqa: SIM118 (no Mapping)
+                yield from tensors(part[key])
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """What a nested batch is made of, in order: tensors, numbers, texts and objects of the user's types."""
+    if isinstance(batch, Mapping):
         for value in batch.values():
-            yield from tensors(value)
+            yield from _parts(value)
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from tensors(value)
+            yield from _parts(value)
     elif dataclasses.is_dataclass(batch):
         for item in dataclasses.fields(batch):
-            yield from tensors(getattr(batch, item.name))
+            yield from _parts(getattr(batch, item.name))
+    else:
+        yield batch
 
 
 def _to_cpu(output: StepOutput, keep_logits: bool) -> StepOutput:

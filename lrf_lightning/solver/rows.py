@@ -8,7 +8,9 @@ A layer maps rows x (columns entries) to rows y (rows entries), once per token o
                                      k  rank
 
 The rows of one sample must lie together: the leading dimension of the layer's input is B or a multiple of it (windows,
-frames, flattened tokens), or the second one is B (time-major sequences).
+frames, flattened tokens), or the second one is B (time-major sequences). Where samples differ in their number of rows
+(the nodes of graphs, regions of images), so that it does not go up, the rows are cut into B runs of one length, and
+zeros fill the last ones. Sums over the batch stay exact that way, and a run is about a sample.
 """
 
 from __future__ import annotations
@@ -136,6 +138,8 @@ class EmbeddingRows(LinearRows):
                 f"layer {self.candidate.name!r} looks up the entries 0 to {x.numel() - 1} once for all {batch} samples "
                 "of the batch, as embeddings of places do; its rows cannot be assigned to samples"
             )
+        if x.dim() == 1 and x.numel() % batch:  # zeros that fill up would be looked up
+            raise UnreadableRowsError(_unreadable(self.candidate.name, x, batch))
         return super().rows_per_sample(x[..., None], batch)
 
     def squared_inputs(self, x: Tensor, positions: Tensor | None, batch: int) -> tuple[Tensor, int]:
@@ -177,9 +181,14 @@ def _by_sample(x: Tensor, batch: int, name: str) -> Tensor:
     time_major = x.dim() == 3 and x.shape[1] == batch and x.shape[0] != batch
     if time_major:
         return x.transpose(0, 1)
-    if x.dim() >= 2 and x.shape[0] % batch == 0:
-        return x.reshape(batch, -1, x.shape[-1])
-    raise UnreadableRowsError(
+    missing = -x.shape[0] % batch if x.dim() == 2 and x.shape[0] > batch else 0
+    if x.dim() >= 2 and (x.shape[0] + missing) % batch == 0:
+        return F.pad(x, (0, 0, 0, missing)).reshape(batch, -1, x.shape[-1])
+    raise UnreadableRowsError(_unreadable(name, x, batch))
+
+
+def _unreadable(name: str, x: Tensor, batch: int) -> str:
+    return (
         f"layer {name!r} sees a tensor of shape {tuple(x.shape)} for a batch of {batch} samples; "
         "its rows cannot be assigned to samples"
     )

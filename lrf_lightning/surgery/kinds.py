@@ -48,7 +48,13 @@ LOW_RANK_OF: dict[type[nn.Module], type[LowRankModule]] = {
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # of other libraries, with the forward of torch's linear layer in other words; by name, so that they are not imported
-LINEAR = frozenset({"timm.layers.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"})
+LINEAR = frozenset(
+    {
+        "timm.layers.linear.Linear",
+        "torch_geometric.nn.dense.linear.Linear",
+        "transformers.models.falcon.modeling_falcon.FalconLinear",
+    }
+)
 TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
 
 Owner = tuple[str, str, nn.Module]  # name of the module, name of its parameter, the module

@@ -188,6 +188,38 @@ def test_batch_size_is_the_first_dimension_of_the_first_tensor(batch):
     assert batch_size(batch) == 7
 
 
+class Graphs:
+    """A batch of graphs as PyTorch Geometric has it: an object that says how many there are, or only what it holds."""
+
+    def __init__(self, sizes, **items):
+        self.__dict__.update(sizes)
+        self.items = items
+
+    def keys(self):
+        return list(self.items)
+
+    def __getitem__(self, key):
+        return self.items[key]
+
+    @property
+    def num_graphs(self):
+        return self.__dict__["graphs"]  # a KeyError where there is none
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        Graphs({"graphs": 7}, x=torch.zeros(30, 2)),
+        Graphs({"batch_size": 7}, x=torch.zeros(30, 2)),
+        Graphs({"batch_size": torch.Size([3])}, scale=torch.tensor(1.0), x=torch.zeros(7, 2)),
+        Graphs({"batch_size": 0}, nodes=Graphs({}, x=torch.zeros(7, 2))),
+        ("text", Graphs({"graphs": 7}), torch.zeros(3)),
+    ],
+)
+def test_a_batch_may_say_its_size_itself(batch):
+    assert batch_size(batch) == 7
+
+
 @pytest.mark.parametrize("batch", ["text", {"x": 3}, torch.tensor(1.0), []])
 def test_a_batch_that_cannot_be_counted_is_an_error(batch):
     with pytest.raises(ValueError, match="holds no tensor with a batch dimension, so its samples cannot be counted"):

@@ -127,6 +127,25 @@ def test_windows_belong_to_their_samples():
     assert read.reader.rows_per_sample(read.x, 3) == 8
 
 
+@pytest.mark.parametrize(("rows", "batch"), [(11, 4), (5, 4), (8, 3)])
+def test_rows_that_do_not_go_up_are_cut_into_runs(rows, batch):
+    """Nodes of graphs: what is summed over the batch is exact, and a run holds consecutive rows."""
+    layer = nn.Linear(7, 5).double()
+    read = Read(layer, torch.randn(rows, 7, dtype=torch.float64), samples=batch)
+    each = read.reader.rows_per_sample(read.x, batch)
+    assert each == -(-rows // batch)
+    got = read.reader.components(read.reader.project(read.x, read.right, batch), read.grad, read.left, batch)
+    along = torch.einsum("om,gmk,gkn,on->ok", read.grad, read.left, read.right, read.x)
+    filled = nn.functional.pad(along, (0, 0, 0, each * batch - rows))
+    assert_close(got, filled.reshape(batch, each, -1).sum(1))
+    inputs, gradients = read.reader.inputs(read.x, None, batch), read.reader.gradients(read.grad, None, batch)
+    assert_close((gradients.transpose(1, 2) @ inputs)[0], read.grad.T @ read.x)
+    assert_close((inputs.transpose(1, 2) @ inputs)[0], read.x.T @ read.x)
+    output = layer(read.x).detach()
+    inner = read.reader.inner(read.grad, output, layer.bias.detach(), batch)
+    assert_close(inner.sum(), (read.grad * (output - layer.bias.detach())).sum())
+
+
 def test_output_size_of_a_transposed_convolution_is_read_from_the_gradient():
     layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1).double()
     x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
@@ -143,6 +162,7 @@ def test_output_size_of_a_transposed_convolution_is_read_from_the_gradient():
     [
         (nn.Linear(7, 5), (5, 3, 7), 2),
         (nn.Linear(7, 5), (7,), 1),
+        (nn.Linear(7, 5), (3, 7), 4),
         (nn.Conv2d(4, 6, 3), (3, 4, 7, 7), 2),
         (nn.Conv2d(4, 6, 3), (4, 7, 7), 1),
         (nn.ConvTranspose1d(4, 6, 3), (3, 4, 7), 2),
@@ -161,6 +181,8 @@ def test_places_that_all_samples_share_are_refused(shape):
     with pytest.raises(UnreadableRowsError, match=r"looks up the entries 0 to \d once for all 4 samples"):
         read.reader.rows_per_sample(places, 4)
     assert read.reader.rows_per_sample(places, 1) == shape[-1], "a single sample has them for itself"
+    with pytest.raises(UnreadableRowsError, match="cannot be assigned to samples"):
+        read.reader.rows_per_sample(torch.randint(10, (7,)), 4)
     tokens = torch.randint(10, (4, 8))
     assert read.reader.rows_per_sample(tokens, 4) == read.reader.rows_per_sample(tokens.flatten(), 4) == 8
 
