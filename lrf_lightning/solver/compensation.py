@@ -250,9 +250,13 @@ class _Fitting:
         if not _stands_before(batch.dense, name):
             return
         number = self.processes.index(batch.position)
-        x = self._rows(layer, batch.dense.event[1], batch.size, number)
+        before = batch.dense.event[1]
+        x = self._rows(layer, before, batch.size, number)
         for index, moments in evidence.items():
-            y = self._rows(layer, batch.compressed[index].event[1], batch.size, number)
+            after = batch.compressed[index].event[1]
+            if after.shape != before.shape:
+                continue  # other tokens are sent to this expert than before, so that rows do not match
+            y = self._rows(layer, after, batch.size, number)
             moments.cross.add(x, y)
             moments.inputs.add(y, y)
 

@@ -34,8 +34,10 @@ class LayerInput:
     rows: float
 
     @classmethod
-    def of(cls, x: Tensor, samples: int, rows: float) -> LayerInput:
-        """Describe a tensor that a layer was called with."""
+    def of(cls, x: Tensor, samples: int, rows: float) -> LayerInput | None:
+        """Describe a tensor that a layer was called with; nothing can be timed on an empty one."""
+        if not x.numel():
+            return None
         kind = x.device.type
         mixed = _name(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())

@@ -9,11 +9,13 @@ A layer maps rows x (columns entries) to rows y (rows entries), once per token o
 
 The rows of one sample must lie together: the leading dimension of the layer's input is B or a multiple of it (windows,
 frames, flattened tokens), or the second one is B (time-major sequences). Where samples differ in their number of rows
-(the nodes of graphs, regions of images), so that it does not go up, the rows are cut into B runs of one length, and
-zeros fill the last ones. Sums over the batch stay exact that way, and a run is about a sample.
+(the nodes of graphs, regions of images, tokens that an expert gets), so that it does not go up, the rows are cut into B
+runs of one length, and zeros fill the last ones. Sums over the batch stay exact that way, and a run is about a sample.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -181,9 +183,10 @@ def _by_sample(x: Tensor, batch: int, name: str) -> Tensor:
     time_major = x.dim() == 3 and x.shape[1] == batch and x.shape[0] != batch
     if time_major:
         return x.transpose(0, 1)
-    missing = -x.shape[0] % batch if x.dim() == 2 and x.shape[0] > batch else 0
+    missing = -x.shape[0] % batch if x.dim() == 2 else 0
     if x.dim() >= 2 and (x.shape[0] + missing) % batch == 0:
-        return F.pad(x, (0, 0, 0, missing)).reshape(batch, -1, x.shape[-1])
+        each = (x.shape[0] + missing) // batch * math.prod(x.shape[1:-1])  # may be 0: an expert without a token
+        return F.pad(x, (0, 0, 0, missing)).reshape(batch, each, x.shape[-1])
     raise UnreadableRowsError(_unreadable(name, x, batch))
 
 

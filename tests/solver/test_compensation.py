@@ -228,6 +228,38 @@ def test_layers_may_run_in_any_order_or_repeatedly():
     assert torch.isfinite(loss(compressed, batches[1])).all()
 
 
+class Routed(nn.Module):
+    """An expert for the rows in which the layer before it gives a positive first entry, and one for the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.positive, self.negative = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        hidden = self.first(x).flatten(0, 1)
+        mixed = torch.zeros_like(hidden)
+        for expert, chosen in ((self.positive, hidden[:, 0] > 0), (self.negative, hidden[:, 0] <= 0)):
+            mixed[chosen] = expert(hidden[chosen])
+        return self.head(mixed.reshape(len(x), -1, 8).mean(1))
+
+
+def test_experts_that_get_other_rows_than_before_are_not_fitted_to_them():
+    """Rows of both models do not match any more where the layer before an expert has sent others there."""
+    model = Routed()
+    batches = [(torch.randn(20, 5, 12), torch.randint(4, (20,))) for _ in range(4)]
+    sampler = AllRows(1, 80, 0)
+    layers = collect_statistics(model, find_layers(model)[0], loss, batches, CPU, sampler=sampler)
+    problem = model, batches, layers, sampler
+    coarse = built(problem, {"first": 1, "positive": 3, "negative": 3})
+    rows = [[int((each.first(x)[..., 0] > 0).sum()) for x, _ in batches] for each in (model, coarse)]
+    assert all(dense != other for dense, other in zip(*rows, strict=True)), "or the test tests nothing"
+    plain = built(problem, {"positive": 3, "negative": 3}, compensation=False)
+    for name in ("positive", "negative"):
+        products = [each.get_submodule(name).weight for each in (coarse, plain)]
+        torch.testing.assert_close(*products)
+
+
 class Local(nn.Module):
     """Adds the activations of its first layer further down."""
 

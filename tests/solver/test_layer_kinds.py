@@ -95,6 +95,26 @@ class LanguageModel(nn.Module):
         return self.head(self.middle(self.embedding(x)).relu().mean(1))
 
 
+class Experts(nn.Module):
+    """Every token is sent to one of the experts; the first one gets few, sometimes none, and is called all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.input, self.router = nn.Linear(12, 16), nn.Linear(16, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(3))
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        hidden = self.input(x).relu()
+        flat = hidden.flatten(0, 1)
+        chances = (self.router(flat) - 2 * torch.tensor([1.0, 0.0, 0.0]).to(flat)).softmax(-1)
+        chosen, mixed = chances.argmax(-1), torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            (places,) = (chosen == number).nonzero(as_tuple=True)
+            mixed = mixed.index_put((places,), expert(flat[places]) * chances[places, number, None])
+        return self.head((hidden + mixed.reshape(hidden.shape)).mean(1))
+
+
 def tokens():
     x = torch.randint(1, 30, (96, 6))
     x[::3, 4:] = 0
@@ -149,6 +169,7 @@ MODELS = {
     ),
     "tied_table": (LanguageModel, tokens, {"embedding", "middle"}),
     "tied_table_head_first": (lambda: LanguageModel(head_first=True), tokens, {"head", "middle"}),
+    "experts": (Experts, lambda: torch.randn(96, 5, 12), {"input", "experts.1.0", "experts.2.2"}),
     "shared_weight": (Recursive, lambda: torch.randn(96, 16), {"first", "middle"}),
 }
 
