@@ -16,16 +16,17 @@ Everything else is copied as ``copy.deepcopy`` does it; what refers to a part of
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import logging
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lrf_lightning.constants import OPAQUE, unchanged
+from lrf_lightning.held_functions import rebind
 
 __all__ = ["copied_model", "shareable"]
 
@@ -38,12 +39,9 @@ TRAINERS = frozenset({"Trainer", "Fabric"})
 # of Lightning, by name, so that it need not be installed
 DATA = frozenset({"Callback", "LightningDataModule", "Logger"})
 LIGHTNING = ("lightning.", "lightning_fabric.", "pytorch_lightning.")
-# deepcopy takes these for constants, and what is behind them is no part of a model
-OPAQUE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.FrameType, types.CodeType)
 ATOMIC = frozenset({bool, bytes, complex, float, int, str, type(None)})
 TORCHS_OWN = frozenset(nn.Module().__dict__)
 LIGHTNINGS_OWN = frozenset({"_fabric", "_trainer"})
-LARGE = 2**20  # bytes; what is smaller is not worth a comparison
 
 
 def copied_model(
@@ -77,7 +75,7 @@ def copied_model(
         logger.info("The copy of the module shares attributes that cannot be copied (%s): %s", error, list(uncopyable))
         memo = given | {id(value): value for value in uncopyable.values()}
         new = copier(model, memo)
-    _rebind(new, memo)
+    rebind(new, memo)
     return new
 
 
@@ -98,7 +96,7 @@ def shareable(model: nn.Module, original: nn.Module) -> dict[int, Any]:
     for name, module in model.named_modules():
         other = modules.get(name)
         if other is not None and type(other) is type(module):
-            constants = _unchanged(_own(module), _own(other))
+            constants = unchanged(_own(module), _own(other))
             found |= {id(value): value for value in constants if not _belongs(value, tree)}
     return found | {id(value): value for value in _uncopyable(model, found).values()}
 
@@ -192,93 +190,3 @@ def _graph_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
     elif depth and isinstance(value, (dict, list, tuple, set)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _graph_tensors(item, depth - 1)
-
-
-def _unchanged(value: Any, other: Any, depth: int = 6) -> Iterator[Any]:
-    """Large tensors and arrays of a value that equal those in the same place of another one."""
-    if type(value) is not type(other) or value is other or not depth or isinstance(value, nn.Module):
-        return
-    if isinstance(value, Tensor) or _is_array(value):
-        if _is_large(value) and _equal(value, other):
-            yield value
-    elif isinstance(value, dict):
-        for key in value.keys() & other.keys():
-            yield from _unchanged(value[key], other[key], depth - 1)
-    elif isinstance(value, (list, tuple)):
-        for one, two in zip(value, other, strict=False):
-            yield from _unchanged(one, two, depth - 1)
-    elif isinstance(getattr(value, "__dict__", None), dict) and not issubclass(type(value), OPAQUE):
-        yield from _unchanged(value.__dict__, other.__dict__, depth - 1)
-
-
-def _is_large(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        plain = type(value) is Tensor and value.layout is torch.strided and not value.is_meta
-        return plain and not value.requires_grad and value.numel() * value.element_size() >= LARGE
-    return value.nbytes >= LARGE and not value.dtype.hasobject
-
-
-def _is_array(value: Any) -> bool:
-    """Whether a value is an array of NumPy, which need not be installed."""
-    kind = type(value)
-    return kind.__module__ == "numpy" and kind.__name__ in ("ndarray", "memmap")
-
-
-def _equal(value: Any, other: Any) -> bool:
-    """Whether two tensors or arrays hold the same; one that holds NaN does not."""
-    if isinstance(value, Tensor):
-        return value.shape == other.shape and value.dtype == other.dtype and torch.equal(value, other.to(value.device))
-    return value.shape == other.shape and value.dtype == other.dtype and bool((value == other).all())
-
-
-def _rebind(new: nn.Module, memo: Memo) -> None:
-    """Let functions that are hooks or attributes of a copied module refer to the copy where they hold the original."""
-    for module in new.modules():
-        for name, value in list(module.__dict__.items()):
-            if isinstance(value, (types.FunctionType, functools.partial)):
-                module.__dict__[name] = _bound(value, memo)
-            elif "_hooks" in name and isinstance(value, dict):
-                for key, hook in value.items():
-                    value[key] = _bound(hook, memo)
-
-
-def _bound(value: Any, memo: Memo, depth: int = 6) -> Any:
-    """A function, or what a function holds, with the copies of what was copied; the value itself if nothing was."""
-    if isinstance(value, functools.partial):
-        function = _bound(value.func, memo, depth)
-        return value if function is value.func else functools.partial(function, *value.args, **value.keywords)
-    if isinstance(value, types.MethodType):
-        owner = _bound(value.__self__, memo, depth)
-        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-    if not isinstance(value, types.FunctionType):
-        # memo also holds constants, and containers under the ids of containers
-        return memo.get(id(value), value)
-    if not depth:
-        return value
-    cells = [(cell, _content(cell, memo, depth)) for cell in value.__closure__ or ()]
-    defaults = [(old, _bound(old, memo, depth - 1)) for old in value.__defaults__ or ()]
-    keywords = {name: (old, _bound(old, memo, depth - 1)) for name, old in (value.__kwdefaults__ or {}).items()}
-    if all(old is bound for old, bound in (*cells, *defaults, *keywords.values())):
-        return value
-    new = types.FunctionType(
-        value.__code__,
-        value.__globals__,
-        value.__name__,
-        tuple(bound for _, bound in defaults) if value.__defaults__ is not None else None,
-        tuple(bound for _, bound in cells) if value.__closure__ is not None else None,
-    )
-    new.__kwdefaults__ = {name: bound for name, (_, bound) in keywords.items()} or None
-    new.__dict__.update(value.__dict__)
-    for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
-        setattr(new, name, getattr(value, name))
-    return new
-
-
-def _content(cell: types.CellType, memo: Memo, depth: int) -> types.CellType:
-    """A new cell if its content was copied, the cell itself otherwise."""
-    try:
-        old = cell.cell_contents
-    except ValueError:  # not assigned yet
-        return cell
-    bound = _bound(old, memo, depth - 1)
-    return cell if bound is old else types.CellType(bound)
