@@ -1,4 +1,4 @@
-"""Functions that are hooks or attributes of a module and hold parts of it; ``copy.deepcopy`` leaves them as they are."""
+"""Functions that are hooks or attributes of a module and hold parts of it, which a deep copy leaves as they are."""
 
 from __future__ import annotations
 
