@@ -25,7 +25,10 @@ from torch.nn import functional as F
 
 from lrf_lightning.modules.base import LowRankModule, check_rank, memory_format
 
-__all__ = ["LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankConvNd"]
+__all__ = ["CONVOLVE", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankConvNd"]
+
+# by the number of spatial dimensions; not an attribute of the classes, where torch.export before 2.8 refuses functions
+CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class LowRankConvNd(LowRankModule):

@@ -17,8 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrf_lightning.modules.base import LowRankModule, check_rank, memory_format
+from lrf_lightning.modules.conv import CONVOLVE
 
-__all__ = ["LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d", "LowRankConvTransposeNd"]
+__all__ = [
+    "SPREAD",
+    "LowRankConvTranspose1d",
+    "LowRankConvTranspose2d",
+    "LowRankConvTranspose3d",
+    "LowRankConvTransposeNd",
+]
+
+SPREAD: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class LowRankConvTransposeNd(LowRankModule):
@@ -40,8 +49,6 @@ class LowRankConvTransposeNd(LowRankModule):
     """
 
     dense_type: ClassVar[type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]]
-    _convolve: ClassVar[Callable[..., Tensor]]
-    _spread: ClassVar[Callable[..., Tensor]]
 
     def __init__(
         self,
@@ -127,10 +134,11 @@ class LowRankConvTransposeNd(LowRankModule):
             ValueError: if the wanted size cannot be reached.
         """
         output_padding = self.output_padding if output_size is None else self._output_padding(x, output_size)
-        x = self._convolve(x, self.right_factor, None, groups=self.groups)
+        dims = len(self.kernel_size)
+        x = CONVOLVE[dims](x, self.right_factor, None, groups=self.groups)
         grouped = self.left_factor.reshape(self.groups, -1, self.rank, *self.kernel_size).transpose(1, 2)
         weight = grouped.reshape(self.groups * self.rank, -1, *self.kernel_size)
-        return self._spread(x, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return SPREAD[dims](x, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
 
     def _output_padding(self, x: Tensor, output_size: Sequence[int]) -> list[int]:
         dims = len(self.kernel_size)
@@ -176,21 +184,18 @@ class LowRankConvTranspose1d(LowRankConvTransposeNd):
     """Stands in for ``nn.ConvTranspose1d``; see :class:`LowRankConvTransposeNd`."""
 
     dense_type = nn.ConvTranspose1d
-    _convolve, _spread = staticmethod(F.conv1d), staticmethod(F.conv_transpose1d)
 
 
 class LowRankConvTranspose2d(LowRankConvTransposeNd):
     """Stands in for ``nn.ConvTranspose2d``; see :class:`LowRankConvTransposeNd`."""
 
     dense_type = nn.ConvTranspose2d
-    _convolve, _spread = staticmethod(F.conv2d), staticmethod(F.conv_transpose2d)
 
 
 class LowRankConvTranspose3d(LowRankConvTransposeNd):
     """Stands in for ``nn.ConvTranspose3d``; see :class:`LowRankConvTransposeNd`."""
 
     dense_type = nn.ConvTranspose3d
-    _convolve, _spread = staticmethod(F.conv3d), staticmethod(F.conv_transpose3d)
 
 
 def _geometry(module: nn.Module) -> dict[str, Any]:

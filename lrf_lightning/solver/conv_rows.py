@@ -11,18 +11,17 @@ row the patch that it adds to. Positions are numbered row by row. Letters as in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrf_lightning.modules.conv import CONVOLVE
+from lrf_lightning.modules.conv_transpose import SPREAD
 from lrf_lightning.solver.rows import RowReader, UnreadableRowsError
 
 __all__ = ["ConvRows", "ConvTransposeRows"]
-
-CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-SPREAD: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class _SpatialRows(RowReader):

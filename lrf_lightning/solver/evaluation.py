@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ __all__ = [
     "tensors",
     "to_device",
 ]
+
+logger = logging.getLogger(__name__)
 
 Batches = Iterable[Any]
 
@@ -233,14 +236,18 @@ def _moved(batch: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
 
 
 def _filled(mapping: Any, values: dict[Any, Any]) -> Any:
-    """A copy of a mapping with other values; a plain dictionary if its type does not allow that."""
+    """A copy of a mapping with other values; a plain dictionary if its type allows neither that nor making one."""
     try:
         filled = copy.copy(mapping)
         for key, value in values.items():
             filled[key] = value
+        return filled
     except Exception:  # the user's types
+        logger.debug("A %s cannot be copied", type(mapping).__name__, exc_info=True)
+    try:
+        return type(mapping)(values)
+    except Exception:
         return values
-    return filled
 
 
 @contextmanager
