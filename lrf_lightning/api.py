@@ -15,7 +15,9 @@ from torch import nn
 
 from lrf_lightning import random_state
 from lrf_lightning.batches import fixed_order, overlaps
+from lrf_lightning.distributed import current_processes
 from lrf_lightning.loss_calls import ExplainedLoss
+from lrf_lightning.seeded_batches import SeededBatches
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.joint import CalibrationStep, solve
 from lrf_lightning.solver.result import Solution
@@ -112,7 +114,8 @@ def compress(
             two, a DataLoader, whose order is drawn once; an iterator, which is read into memory; or any iterable that
             yields the same samples in the same order each time it is run through.
         selection: batches on which the choice among candidates is made.
-        verification: batches on which the verdict is reached; they take no part in the choice.
+        verification: batches on which the verdict is reached; they take no part in the choice. Random numbers that are
+            drawn while a batch is loaded, or by the loss, are the same ones on every pass.
         device: where the work is done, by default where the model is.
         progress: called as ``progress(stage, done, total)``; a total of 0 is unknown.
         score_name: what the score is called in the report, such as ``"accuracy"``.
@@ -147,7 +150,7 @@ def compress(
         solution = solve(
             model,
             ExplainedLoss(loss),
-            **splits,
+            **{role: _seeded(batches, checked.seed) for role, batches in splits.items()},
             settings=checked,
             device=None if device is None else torch.device(device),
             progress=progress,
@@ -181,3 +184,9 @@ def _ordered(role: str, batches: Batches, seed: int) -> Batches:
     if not isinstance(batches, Iterable):
         raise TypeError(f"{role} is a {type(batches).__name__}; give a DataLoader or an iterable of batches")
     return fixed_order(batches, seed)
+
+
+def _seeded(batches: Batches, seed: int) -> Batches:
+    if isinstance(batches, SeededBatches):
+        return batches
+    return SeededBatches(batches, seed, current_processes(torch.device("cpu")))

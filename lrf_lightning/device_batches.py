@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,20 +17,18 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lrf_lightning.distributed import ALONE, Processes
-from lrf_lightning.random_state import preserved, seed_all
+from lrf_lightning.seeded_batches import SeededBatches
 
 __all__ = ["DeviceBatches"]
 
 CACHE_BYTES = 2**29
-_END = object()
 
 
-class DeviceBatches:
+class DeviceBatches(SeededBatches):
     """Batches on a device, exactly repeatable.
 
     The hooks ``on_before_batch_transfer``, ``transfer_batch_to_device`` and ``on_after_batch_transfer`` of the
-    datamodule, or else of the module, run as they do in validation. Before a batch is loaded, and again before it is
-    handed out, the global generators are seeded with the batch's number; they are restored at the end of the pass.
+    datamodule, or else of the module, run as they do in validation.
 
     Args:
         batches: an iterable that can be run through repeatedly.
@@ -54,26 +51,9 @@ class DeviceBatches:
         processes: Processes = ALONE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.batches, self.trainer, self.module, self.device = batches, trainer, module, device
-        self.seed, self.processes, self.cache_bytes = seed, processes, cache_bytes
+        super().__init__(batches, seed, processes)
+        self.trainer, self.module, self.device, self.cache_bytes = trainer, module, device, cache_bytes
         self._stored: list[Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]  # TypeError says: unknown
-
-    def __iter__(self) -> Iterator[Any]:
-        with preserved():
-            source: Iterator[Any] | None = None
-            for index in map(self.processes.index, itertools.count()):
-                seed_all(self.seed + index)
-                source = source or self._source()
-                batch = next(source, _END)
-                if batch is _END:
-                    return
-                batch = self._moved(batch)
-                # a stored batch takes no random numbers, a loaded one may: let both leave the same state behind
-                seed_all(self.seed + index)
-                yield batch
 
     def _source(self) -> Iterator[Any]:
         if self._stored is not None:
@@ -95,7 +75,7 @@ class DeviceBatches:
             yield batch
         self._stored = kept
 
-    def _moved(self, batch: Any) -> Any:
+    def _prepared(self, batch: Any) -> Any:
         before = self.module._trainer
         self.module.trainer = self.trainer
         try:

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
 from lrf_lightning.loss_calls import explanation
+from lrf_lightning.random_state import preserved
 from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode, own_copy
 from lrf_lightning.step_record import StepRecord, run_step
 
@@ -128,7 +129,8 @@ class StepLoss:
                 return output if self.score is None else _with_score(output, self._extra_score(module, batch, None))
             kept = batch if self.score is None else own_copy(batch)  # a step may change its batch
             if self._source is None:
-                self._source = _decide(module, batch)
+                with preserved():  # the first model shall not see other noise than those that come later
+                    self._source = _decide(module, batch)
                 logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
             size = batch_size(batch)
             record = self._record(module, self._source.step, batch)

@@ -283,3 +283,26 @@ def test_result_has_the_fields_of_a_solution(result):
     assert {"model", "ranks", "frontier", "certificate", "layers", "message", "seconds", "samples"} <= names
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.ranks = {}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_loss_that_draws_noise_draws_the_same_for_every_model(trained, shuffled):
+    """Two models that are compared under different noise would differ by much more than their weights do."""
+    drawn = {}
+
+    def noisy(model, batch):
+        noise = torch.randn_like(batch[0])
+        if not torch.is_grad_enabled():
+            drawn.setdefault(float(batch[0].sum()), []).append(float(noise.sum()))
+        return functional.cross_entropy(model(batch[0] + noise), batch[1], reduction="none")
+
+    state = torch.get_rng_state()
+    splits = [loader(seed=seed, shuffle=shuffled) for seed in (1, 2, 3)]
+    result = squeeze(trained, loss=noisy, splits=splits, speed="none")  # the order of timed runs does not matter
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(result.frontier) >= 2
+    counts = sorted(len(values) for values in drawn.values())
+    assert len(counts) == 18
+    assert counts[0] >= 2, "verification: the original and the chosen model"
+    assert counts[6] > len(result.frontier), "selection: the original and all that were measured"
+    assert all(len(set(values)) == 1 for values in drawn.values())

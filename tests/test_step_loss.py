@@ -404,3 +404,20 @@ def test_the_name_of_the_score():
     assert StepLoss(score=recall).score_name == "recall"
     assert StepLoss(score=lambda module, batch: torch.tensor(1.0)).score_name == ""
     assert StepLoss(loss=recall).score_name == ""
+
+
+class Noisy(Classifier):
+    """Trains on inputs with noise, as a diffusion model does, in validation too."""
+
+    def loss(self, batch):
+        return functional.cross_entropy(self.net(batch[0] + torch.randn_like(batch[0])), batch[1])
+
+
+def test_looking_for_the_loss_takes_no_random_numbers(batch):
+    """The original, which comes first, would be measured under other noise than its compressed copies."""
+    module, find = Noisy().eval(), StepLoss()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(find(module, batch).loss)
+    torch.testing.assert_close(*found, rtol=0, atol=0)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from lrf_lightning.seeded_batches import SeededBatches
 from lrf_lightning.solver.compensation import can_be_fitted
 from lrf_lightning.solver.curves import Prediction, Tails, component_derivatives, predict
-from lrf_lightning.solver.evaluation import Outcome, batch_size, evaluate, evaluation_mode, to_device
+from lrf_lightning.solver.evaluation import Batches, Outcome, batch_size, evaluate, evaluation_mode, to_device
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.hooks import observe_inputs
 from lrf_lightning.solver.layer_statistics import LayerStatistics, memory_groups
@@ -111,14 +112,15 @@ def _forget(work: Workspace, layer: LayerStatistics) -> None:
 class _Probing:
     """Part of the calibration data, and the dense model's losses on it."""
 
-    batches: list[Any]
+    batches: Batches
     dense: Outcome
 
     @classmethod
     def of(cls, work: Workspace, size: int) -> _Probing:
         count = work.processes.share(max(1, round(PROBE_SAMPLES / max(size, 1))))
         with work.processes.together("reading the calibration data"):
-            batches = list(itertools.islice(work.calibration, count))
+            read = list(itertools.islice(work.calibration, count))
+        batches = SeededBatches(read, work.settings.seed, work.processes)
         return cls(batches, evaluate(work.model, work.loss, batches, work.device, processes=work.processes))
 
 

@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.curves import Prediction, Tails, shrink, tail_moments
-from lrf_lightning.solver.evaluation import LossFunction, Outcome, evaluate
+from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
 from lrf_lightning.surgery import replace_module
 
 __all__ = ["Probe", "corrected_curve", "measure_probe", "predicted_probe", "probe_groups", "probe_ranks"]
@@ -100,7 +99,7 @@ def measure_probe(
     prediction: tuple[float, float],
     dense: Outcome,
     loss: LossFunction,
-    batches: Sequence[Any],
+    batches: Batches,
     device: torch.device,
     processes: Processes = ALONE,
 ) -> Probe:
