@@ -54,7 +54,6 @@ class LowRankConvNd(LowRankModule):
     """
 
     dense_type: ClassVar[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]]
-    _convolve: ClassVar[Callable[..., Tensor]]
 
     def __init__(
         self,
@@ -169,7 +168,7 @@ class LowRankConvNd(LowRankModule):
             borders = self._borders[2 * (dims - stop) : 2 * (dims - start)] + [0] * (2 * start)
             borders = [0] * (2 * dims - len(borders)) + borders
             x, padding = F.pad(x, borders, mode=self.padding_mode), (0,) * dims
-        return self._convolve(x, weight, bias, own(self.stride, 1), padding, own(self.dilation, 1), self.groups)
+        return CONVOLVE[dims](x, weight, bias, own(self.stride, 1), padding, own(self.dilation, 1), self.groups)
 
     def to_dense(self) -> nn.Module:
         """See :meth:`LowRankModule.to_dense`."""
@@ -200,21 +199,18 @@ class LowRankConv1d(LowRankConvNd):
     """Stands in for ``nn.Conv1d``; see :class:`LowRankConvNd`."""
 
     dense_type = nn.Conv1d
-    _convolve = staticmethod(F.conv1d)
 
 
 class LowRankConv2d(LowRankConvNd):
     """Stands in for ``nn.Conv2d``; see :class:`LowRankConvNd`."""
 
     dense_type = nn.Conv2d
-    _convolve = staticmethod(F.conv2d)
 
 
 class LowRankConv3d(LowRankConvNd):
     """Stands in for ``nn.Conv3d``; see :class:`LowRankConvNd`."""
 
     dense_type = nn.Conv3d
-    _convolve = staticmethod(F.conv3d)
 
 
 def _geometry(module: nn.Module) -> dict[str, Any]:

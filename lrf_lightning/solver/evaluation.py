@@ -160,12 +160,16 @@ def step(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> StepOut
 def batch_size(batch: Any) -> int:
     """Number of samples in a batch.
 
-    A batch may say it itself, as those of PyTorch Geometric do (``num_graphs``, ``batch_size``). Otherwise it is the
-    first dimension of the first tensor found in the batch.
+    A batch may say it itself, as those of PyTorch Geometric do (``num_graphs``, ``batch_size``). Where it consists of
+    lists with an entry for every sample, as those of torchvision's detectors do, it is their length. Otherwise it is
+    the first dimension of the first tensor found in the batch.
 
     Raises:
-        ValueError: if the batch does not say it and holds no tensor with at least one dimension.
+        ValueError: if it is none of these, since the batch holds no tensor with at least one dimension.
     """
+    listed = _listed_samples(batch)
+    if listed is not None:
+        return listed
     for part in _parts(batch):
         size = _said_size(part)
         if size is not None:
@@ -175,6 +179,22 @@ def batch_size(batch: Any) -> int:
         "so its samples cannot be counted; let the loader yield tensors whose first dimension is the batch, "
         "or an object with a number batch_size"
     )
+
+
+def _listed_samples(batch: Any) -> int | None:
+    """The common length of at least two lists that a batch consists of, None if they are not about samples.
+
+    They are if one holds dictionaries, or if their tensors differ in the first dimension; lists of inputs that all have
+    a row for every sample do not.
+    """
+    lists = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(lists, (list, tuple)) or len(lists) < 2 or not all(isinstance(x, (list, tuple)) for x in lists):
+        return None
+    if len({len(x) for x in lists}) > 1 or not lists[0]:
+        return None
+    dictionaries = any(all(isinstance(item, Mapping) for item in x) for x in lists)
+    first = {tensor.shape[:1] for tensor in tensors(batch)}
+    return len(lists[0]) if dictionaries or len(first) > 1 else None
 
 
 def _said_size(part: Any) -> int | None:

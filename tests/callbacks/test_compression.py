@@ -563,7 +563,7 @@ class TestFiles:
 
         resumed = Resumed()
         again = trainer(callbacks=[compression()], max_epochs=3)
-        again.fit(resumed, loader(), loader(seed=1), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+        again.fit(resumed, loader(), loader(seed=1), ckpt_path=tmp_path / "last.ckpt")
         assert again.current_epoch == 3
         assert callback.result.ranks.keys() == {
             name for name, part in resumed.named_modules() if isinstance(part, LowRankModule)

@@ -220,6 +220,31 @@ def test_a_batch_may_say_its_size_itself(batch):
     assert batch_size(batch) == 7
 
 
+def images(count):
+    return [torch.zeros(3, 8, 8 + i) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((tuple(images(2)), ({"boxes": torch.zeros(3, 4)}, {"boxes": torch.zeros(3, 4)})), 2),
+        ({"image": images(3), "target": [{"boxes": torch.zeros(n, 4)} for n in (1, 0, 2)]}, 3),
+        ([images(1), [{"boxes": torch.zeros(3, 4)}]], 1),
+        (([torch.zeros(90), torch.zeros(70)], ["a text", "another"]), 2),
+        (((torch.zeros(7, 3), torch.zeros(7, 5)), (torch.zeros(7), torch.zeros(7))), 7),
+        ((torch.zeros(7, 3), [{"boxes": torch.zeros(2, 4)} for _ in range(7)]), 7),
+        (([torch.zeros(7, 3)], [torch.zeros(7), torch.zeros(7)]), 7),
+        (([], []), None),
+    ],
+)
+def test_lists_with_an_entry_for_every_sample(batch, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match="its samples cannot be counted"):
+            batch_size(batch)
+    else:
+        assert batch_size(batch) == expected
+
+
 @pytest.mark.parametrize("batch", ["text", {"x": 3}, torch.tensor(1.0), []])
 def test_a_batch_that_cannot_be_counted_is_an_error(batch):
     with pytest.raises(ValueError, match="holds no tensor with a batch dimension, so its samples cannot be counted"):
