@@ -29,7 +29,7 @@ def test_stages_of_unknown_length_and_stages_that_end_early_are_complete_in_the_
 
 def test_disabled_bars_still_log(caplog):
     with caplog.at_level(logging.INFO, logger="lrf_lightning.progress"):
-        assert shown([("statistics", 1, 1), ("statistics", 1, 1)], enabled=False) == ""
+        assert shown([("statistics", 1, 1), ("statistics", 1, 1)], enabled=False).strip() == ""
     assert [record.getMessage() for record in caplog.records] == ["Compression: statistics"]
 
 
