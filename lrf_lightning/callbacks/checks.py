@@ -16,9 +16,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lrf_lightning import safe_files
 from lrf_lightning.best_checkpoint import best_checkpoint_callback
+from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.export import FORMATS, missing_packages
+from lrf_lightning.solver.evaluation import evaluation_mode, to_device
 from lrf_lightning.solver.settings import Settings
-from lrf_lightning.step_loss import can_be_run
+from lrf_lightning.step_loss import Score, StepLoss, can_be_run
 from lrf_lightning.surgery import find_layers
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "check_best_weights",
     "check_folder",
     "check_layers",
+    "check_loss",
     "check_processes",
     "check_single_writer",
     "check_steps",
@@ -207,6 +210,35 @@ def check_steps(module: LightningModule) -> None:
             f"LowRankCompression: {type(module).__name__}{manual} and has no validation_step, so its loss is not "
             "known. Define validation_step, or pass loss=a callable (module, batch)"
         )
+
+
+def check_loss(
+    trainer: Trainer, module: LightningModule, batch: Any, *, score: str | Score | None, strict: bool
+) -> None:
+    """Look for loss and score on a first batch, with a copy of the module, as the compression does after the training.
+
+    What cannot be found then is warned about only, since a step may need what only a training makes.
+
+    Args:
+        trainer: in its sanity check.
+        module: the module, before training.
+        batch: of the validation data, on the module's device.
+        score: see :class:`~lrf_lightning.step_loss.StepLoss`.
+        strict: whether to raise instead.
+
+    Raises:
+        MisconfigurationException: if ``strict``.
+    """
+    try:
+        with undisturbed(trainer):
+            copy = detached_copy(module)
+            with evaluation_mode(copy):
+                StepLoss(trainer, score=score)(copy, to_device(batch, module.device))
+    except Exception as error:  # the user's code, and whatever cannot be copied
+        message = f"LowRankCompression tried the first validation batch and would fail after the training: {error}"
+        if strict:
+            raise MisconfigurationException(message) from error
+        rank_zero_warn(message)
 
 
 def check_layers(module: LightningModule, settings: Settings) -> None:

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -255,6 +256,19 @@ class LowRankCompression(Callback):
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             others = [c for c in callbacks if isinstance(c, LowRankCompression) and c is not self and c.save]
             checks.check_single_writer(directory, [other._directory(trainer) for other in others])
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """In the sanity check, before hours of training, see whether the loss will be found.
+
+        Raises:
+            MisconfigurationException: if it will not, and ``strict`` is set.
+        """
+        first = trainer.sanity_checking and batch_idx == dataloader_idx == 0
+        # a pass of sharded weights has to be followed by the one back
+        if first and self.loss is None and not isinstance(trainer.strategy, ModelParallelStrategy):
+            checks.check_loss(trainer, pl_module, batch, score=self.score, strict=self.strict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse compressed checkpoints of a future version or with changed weights.

@@ -18,6 +18,7 @@ from small_modules import CLASSES, FEATURES, QUICK, Classifier, clouds, loader, 
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lrf_lightning import LowRankCompression, StepOutput, export, load_compressed, safe_files, tracking
@@ -859,6 +860,81 @@ class TestBadArguments:
         with pytest.raises(MisconfigurationException, match=message):
             trainer(callbacks=[callback, *also], num_sanity_val_steps=0).fit(module, loader(), val)
         assert module.steps == 0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, "would fail after the training: no step of Detector gives a floating-point scalar loss"),
+            ({"score": "val/map"}, "would fail after the training: no step of Detector gives"),
+        ],
+    )
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_a_loss_that_is_not_found_is_told_in_the_sanity_check(self, options, message, strict):
+        """As in detectors, whose losses exist in training mode only."""
+
+        class Detector(Classifier):
+            steps = 0
+
+            def training_step(self, batch, batch_idx):
+                self.steps += 1
+                if not self.training:
+                    raise AttributeError("'list' object has no attribute 'values'")
+                return super().training_step(batch, batch_idx)
+
+            def validation_step(self, batch, batch_idx):
+                self.log("val/found", float(len(self.net(batch[0]))))
+
+            def on_train_start(self):
+                raise RuntimeError("the training starts")
+
+        module = Detector()
+        run = trainer(callbacks=[compression(strict=strict, **options)])
+        if strict:
+            with pytest.raises(MisconfigurationException, match=message):
+                run.fit(module, loader(), loader(seed=1))
+        else:
+            with pytest.warns(UserWarning, match=message), pytest.raises(RuntimeError, match="the training starts"):
+                run.fit(module, loader(), loader(seed=1))
+        assert module.steps == 0
+
+    def test_a_score_that_is_not_logged_is_told_in_the_sanity_check(self):
+        run = trainer(callbacks=[compression(strict=True, score="val/acc")])
+        with pytest.raises(MisconfigurationException, match="score='val/acc' is not logged by a step of Classifier"):
+            run.fit(Classifier(), loader(), loader(seed=1))
+        assert run.global_step == 0
+
+    def test_the_sanity_check_changes_nothing(self):
+        """Steps may draw noise, count, write to buffers and change their batch."""
+
+        class Careless(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("calls", torch.zeros(()))
+                self.seen, self.metric = [], MeanMetric()
+
+            def validation_step(self, batch, batch_idx):
+                x = batch.pop("x")
+                loss = functional.cross_entropy(self.net(x + torch.rand_like(x)), batch["y"])
+                self.calls += 1
+                self.metric(loss)
+                self.seen.append(float(loss))
+                self.log("val/loss", loss)
+
+            def training_step(self, batch, batch_idx):
+                return functional.cross_entropy(self.net(batch["x"] + torch.rand_like(batch["x"])), batch["y"])
+
+        def data(seed):
+            x, y = clouds(96, seed)
+            return DataLoader([{"x": a, "y": b} for a, b in zip(x, y, strict=True)], 16)
+
+        ends = []
+        for callbacks in ([], [compression(save=False)]):
+            torch.manual_seed(0)
+            module = Careless()
+            run = trainer(callbacks=callbacks, max_epochs=1)
+            run.fit(module, data(0), data(1))
+            ends.append((module.state_dict(), module.seen, run.callback_metrics["val/loss"]))
+        torch.testing.assert_close(*ends, rtol=0, atol=0)
 
     def test_one_loader_for_choice_and_verdict(self):
         shared = loader(seed=2)
