@@ -7,6 +7,7 @@ A Lightning step returns one number for a batch. While it runs, :class:`LossCall
     (batch,)            one row per sample
     (batch, d1, ...)    mean over a sample's rows
     (batch * t,)        flattened tokens, mean over a sample's t rows
+    (t * batch,)        the same time-major, where the batch shows that the targets lie like that
 
 Where some targets are ignored (padding, the last token of a text), the batch's mean is taken over the others, so a
 sample counts by its number of them: its loss is the sum over its rows, divided by the mean number per sample.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lrf_lightning.solver.evaluation import LossFunction, StepOutput, batch_size
+from lrf_lightning.solver.evaluation import LossFunction, StepOutput, batch_size, tensors
 from lrf_lightning.solver.loss_terms import LossTerms
 
 __all__ = ["ExplainedLoss", "LossCall", "LossCalls", "explanation"]
@@ -55,6 +56,7 @@ class LossCall:
         target: its second argument.
         options: the other arguments by name, those on reduction left out.
         result: what it returned.
+        steps: length t of sequences whose rows are time-major; 0 if the rows of a sample lie together.
     """
 
     function: Callable[..., Tensor]
@@ -62,6 +64,29 @@ class LossCall:
     target: Tensor
     options: Mapping[str, Any]
     result: Tensor
+    steps: int = 0
+
+    def arranged(self, size: int, given: Iterable[Tensor]) -> LossCall:
+        """The call, with ``steps`` set if its targets are those of the batch, but time-major.
+
+        Args:
+            size: samples in the batch.
+            given: the batch's tensors; targets may lack the first or the last step of one of them.
+        """
+        target, valid = self.target.reshape(-1), self._valid
+        for whole in given:
+            if whole.dim() < 2 or len(whole) != size or whole.is_floating_point() != target.is_floating_point():
+                continue
+            for part in (whole, whole[:, 1:], whole[:, :-1]):
+                if part.numel() != target.numel() or part.shape[1] < 2 or part.device != target.device:
+                    continue
+                agreed = [
+                    bool(((flat == target) if valid is None else (flat == target) | ~valid.reshape(-1)).all())
+                    for flat in (part.reshape(-1), part.transpose(0, 1).reshape(-1))
+                ]
+                if any(agreed):
+                    return self if agreed[0] else replace(self, steps=part.shape[1])
+        return self
 
     def per_sample(self, size: int) -> Tensor | None:
         """Loss of every sample, shape (size,), differentiable, in float32 or wider; None if rows fit no sample."""
@@ -69,10 +94,10 @@ class LossCall:
 
     def terms(self, size: int) -> LossTerms | None:
         """What the rows of every sample add to its loss; None if there is one row per sample, or rows fit no sample."""
-        rows, valid = _rows_by_sample(self._rows, size), self._valid
+        rows, valid = _rows_by_sample(self._rows, size, self.steps), self._valid
         if rows is None or rows.shape[1] == 1:
             return None
-        return LossTerms.of(rows, None if valid is None else valid.reshape(size, -1))
+        return LossTerms.of(rows, None if valid is None else _rows_by_sample(valid, size, self.steps))
 
     def correct(self, size: int) -> Tensor | None:
         """Share of rows whose largest logit is the target's.
@@ -122,7 +147,7 @@ class LossCall:
 
     def _by_sample(self, rows: Tensor, size: int) -> Tensor | None:
         """Values of rows, zero at ignored ones, as values of shape (size,) whose mean is that over the valid rows."""
-        valid, by_sample = self._valid, _rows_by_sample(rows, size)
+        valid, by_sample = self._valid, _rows_by_sample(rows, size, self.steps)
         if by_sample is None:
             return None
         means = by_sample.mean(1)
@@ -172,7 +197,7 @@ class ExplainedLoss:
         """The loss of one batch."""
         if self._plain or any(_is_compiled(module) for module in model.modules()):
             return self.loss(model, batch)
-        size = batch_size(batch)  # counted first, since the loss may take its batch to pieces
+        size, given = batch_size(batch), list(tensors(batch))  # first, since the loss may take its batch to pieces
         try:
             with LossCalls() as watch:
                 output = self.loss(model, batch)
@@ -183,7 +208,7 @@ class ExplainedLoss:
             return self.loss(model, batch)
         plain = output if isinstance(output, StepOutput) else StepOutput(output)
         if isinstance(plain.loss, Tensor) and plain.terms is None:
-            found = explanation(watch.calls, plain.loss, size, widened=True)
+            found = explanation(watch.calls, plain.loss, size, given, widened=True)
             terms = None if found is None or not torch.isfinite(plain.loss).all() else found[0].terms(size)
             if terms is not None:
                 self._found = True
@@ -193,7 +218,7 @@ class ExplainedLoss:
 
 
 def explanation(
-    calls: Iterable[LossCall], loss: Tensor, size: int, *, widened: bool = False
+    calls: Iterable[LossCall], loss: Tensor, size: int, given: Sequence[Tensor] = (), *, widened: bool = False
 ) -> tuple[LossCall, Tensor] | None:
     """The first watched call that a loss comes from, and its losses per sample; None if there is none.
 
@@ -204,6 +229,7 @@ def explanation(
         calls: watched calls.
         loss: shape (batch,), or () for the mean.
         size: samples in the batch.
+        given: the batch's tensors.
         widened: whether the loss may be no more exact than the call's result, in spite of its dtype.
     """
     for call in calls:
@@ -211,6 +237,7 @@ def explanation(
         if loss.requires_grad and not call.input.requires_grad:
             continue
         try:
+            call = call.arranged(size, given)
             losses = call.per_sample(size)
         except Exception:  # what was called in a function transform or a compiled region cannot be called again
             continue
@@ -250,7 +277,10 @@ def _agrees(per_sample: Tensor, loss: Tensor, eps: float) -> bool:
     return close and bool(torch.isfinite(wanted).all())
 
 
-def _rows_by_sample(rows: Tensor, size: int) -> Tensor | None:
+def _rows_by_sample(rows: Tensor, size: int, steps: int) -> Tensor | None:
+    """Rows of shape (batch * t, ...), or time-major with ``steps`` of them, as (batch, t * ...)."""
+    if steps:
+        return rows.reshape(steps, size, -1).transpose(0, 1).reshape(size, -1)
     if rows.dim() == 0 or size < 1 or rows.shape[0] == 0 or rows.shape[0] % size:
         return None
     return rows.reshape(size, -1)

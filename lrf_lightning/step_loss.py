@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import Processes
 from lrf_lightning.loss_calls import explanation
 from lrf_lightning.random_state import preserved
-from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode, own_copy
+from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode, own_copy, tensors
 from lrf_lightning.step_record import StepRecord, run_step
 
 __all__ = ["Score", "StepLoss", "can_be_run"]
@@ -132,10 +132,10 @@ class StepLoss:
                 with preserved():  # the first model shall not see other noise than those that come later
                     self._source = _decide(module, batch)
                 logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
-            size = batch_size(batch)
+            size, given = batch_size(batch), list(tensors(batch))  # first, since a step may take its batch to pieces
             record = self._record(module, self._source.step, batch)
             self._compare_sizes(record, size)
-            output = _output(record, _required_loss(record, self._source), size)
+            output = _output(record, _required_loss(record, self._source), size, given)
             return output if self.score is None else _with_score(output, self._extra_score(module, kept, record))
 
     def _compare_sizes(self, record: StepRecord, size: int) -> None:
@@ -280,16 +280,17 @@ def _required_loss(record: StepRecord, source: _Source) -> Tensor:
     return loss
 
 
-def _output(record: StepRecord, loss: Tensor, size: int) -> StepOutput:
+def _output(record: StepRecord, loss: Tensor, size: int, given: list[Tensor]) -> StepOutput:
     """The loss per sample where a watched call explains it, else as it is; accuracy and logits where they are known."""
-    found = explanation(record.calls, loss, size) if loss.dim() == 0 else None
+    found = explanation(record.calls, loss, size, given) if loss.dim() == 0 else None
     if found is not None:
         call, losses = found
         logits = call.logits(size)
         target = None if logits is None else call.target
         terms = call.terms(size) if torch.isfinite(loss) else None
         return StepOutput(losses, call.correct(size), logits, target, terms)
-    scores = [score for call in record.calls if (score := call.correct(size)) is not None]
+    calls = [call.arranged(size, given) for call in record.calls]
+    scores = [score for call in calls if (score := call.correct(size)) is not None]
     return StepOutput(loss, scores[0] if len(scores) == 1 else None)
 
 

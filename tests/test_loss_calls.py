@@ -55,6 +55,69 @@ class TestPerSample:
             torch.testing.assert_close(value, alone)
 
 
+class TestTimeMajorRows:
+    """Recurrent networks and older transformers have the time in front, and flatten it with the batch."""
+
+    LENGTH, SIZE = 5, 3
+
+    @pytest.fixture
+    def tokens(self):
+        return torch.randint(4, (self.SIZE, self.LENGTH))
+
+    @pytest.fixture
+    def logits(self):
+        return torch.randn(self.SIZE, self.LENGTH, 4)
+
+    def check(self, function, logits, wanted, given, **options):
+        """Compare what a call on time-major rows gives with the same call on rows by sample."""
+        result, call = single(
+            lambda: function(logits.transpose(0, 1).flatten(0, 1), wanted.transpose(0, 1).flatten(0, 1), **options)
+        )
+        assert call.arranged(self.SIZE, []) is call
+        found, per_sample = explanation([call], result, self.SIZE, given)
+        _, expected = single(lambda: function(logits.flatten(0, 1), wanted.flatten(0, 1), **options))
+        torch.testing.assert_close(per_sample, expected.per_sample(self.SIZE))
+        torch.testing.assert_close(found.terms(self.SIZE).values, expected.terms(self.SIZE).values)
+        hits = expected.correct(self.SIZE)
+        assert (found.correct(self.SIZE) is None) == (hits is None)
+        if hits is not None:
+            torch.testing.assert_close(found.correct(self.SIZE), hits)
+        if len({round(float(value), 4) for value in per_sample}) > 1:
+            assert not torch.allclose(call.per_sample(self.SIZE), per_sample), "or the test tests nothing"
+
+    def test_targets_of_the_batch(self, logits, tokens):
+        self.check(functional.cross_entropy, logits, tokens, [torch.randn(self.SIZE, 2), tokens])
+
+    @pytest.mark.parametrize("shift", [slice(1, None), slice(None, -1)])
+    def test_targets_without_a_step(self, logits, tokens, shift):
+        self.check(functional.cross_entropy, logits[:, shift], tokens[:, shift], [tokens])
+
+    def test_ignored_targets(self, logits, tokens):
+        wanted = tokens.clone()
+        wanted[1, 3:] = -100
+        self.check(functional.cross_entropy, logits, wanted, [tokens])
+        self.check(functional.cross_entropy, logits, tokens, [tokens], ignore_index=int(tokens[0, 0]))
+
+    def test_forecasts(self, logits):
+        self.check(functional.mse_loss, logits, logits.flip(0), [logits.flip(0)])
+
+    def test_rows_by_sample_stay(self, logits, tokens):
+        result, call = single(lambda: functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
+        assert explanation([call], result, self.SIZE, [tokens])[0] is call
+        alike = torch.ones_like(tokens)
+        _, call = single(lambda: functional.cross_entropy(logits.flatten(0, 1), alike.flatten()))
+        assert call.arranged(self.SIZE, [alike]) is call, "both orders are the same"
+        assert call.arranged(self.SIZE, [tokens]) is call, "these are other targets"
+
+    def test_a_loss_of_the_users(self, logits, tokens):
+        def loss(model, batch):
+            return functional.cross_entropy(model(batch[0]).transpose(0, 1).flatten(0, 1), batch[1].T.flatten())
+
+        terms = ExplainedLoss(loss)(nn.Identity(), (logits, tokens)).terms
+        _, expected = single(lambda: functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
+        torch.testing.assert_close(terms.values, expected.terms(self.SIZE).values)
+
+
 class TestRows:
     def test_pixels_and_tokens_are_averaged_within_their_sample(self):
         logits, target = torch.randn(3, 4, 5, 2), torch.randint(4, (3, 5, 2))

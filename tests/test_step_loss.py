@@ -421,3 +421,23 @@ def test_looking_for_the_loss_takes_no_random_numbers(batch):
         torch.manual_seed(0)
         found.append(find(module, batch).loss)
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_rows_of_a_time_major_network_go_to_their_samples():
+    class TimeMajor(LightningModule):
+        """A recurrent network that takes its batch to pieces."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.RNN(5, 6), nn.Linear(6, 4)
+
+        def validation_step(self, batch, batch_idx):
+            hidden, _ = self.inner(batch.pop("x").transpose(0, 1))
+            return functional.cross_entropy(self.outer(hidden).flatten(0, 1), batch.pop("y").T.flatten())
+
+    module, x, y = TimeMajor(), torch.randn(3, 7, 5), torch.randint(4, (3, 7))
+    output = StepLoss()(module, {"x": x, "y": y})
+    for i in range(3):
+        alone = StepLoss()(module, {"x": x[i : i + 1], "y": y[i : i + 1]})
+        torch.testing.assert_close(output.loss[i : i + 1], alone.loss)
+        torch.testing.assert_close(output.score[i : i + 1], alone.score)
