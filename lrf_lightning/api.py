@@ -17,7 +17,7 @@ from lrf_lightning import random_state
 from lrf_lightning.batches import fixed_order, overlaps
 from lrf_lightning.distributed import current_processes
 from lrf_lightning.loss_calls import ExplainedLoss
-from lrf_lightning.seeded_batches import SeededBatches
+from lrf_lightning.seeded_batches import SeededBatches, split_seed
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.joint import CalibrationStep, solve
 from lrf_lightning.solver.result import Solution
@@ -150,7 +150,7 @@ def compress(
         solution = solve(
             model,
             ExplainedLoss(loss),
-            **{role: _seeded(batches, checked.seed) for role, batches in splits.items()},
+            **{role: _seeded(batches, split_seed(checked.seed, role)) for role, batches in splits.items()},
             settings=checked,
             device=None if device is None else torch.device(device),
             progress=progress,

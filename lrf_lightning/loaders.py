@@ -33,7 +33,7 @@ from lrf_lightning.combined_batches import CombinedBatches
 from lrf_lightning.random_state import seeded
 from lrf_lightning.solver.evaluation import Batches, tensors
 
-__all__ = ["ROLES", "LoaderChoice", "Loaders", "check_loaders", "resolve_loaders"]
+__all__ = ["ROLES", "LoaderChoice", "Loaders", "check_loaders", "has_loader", "resolve_loaders"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,11 @@ class Loaders:
     notes: tuple[str, ...]
 
 
+def has_loader(trainer: Trainer, module: LightningModule, role: str) -> bool:
+    """Whether the datamodule or the module has a loader for a split, such as ``calibration_dataloader``."""
+    return _owner(trainer, module, f"{role}_dataloader") is not None
+
+
 def check_loaders(trainer: Trainer, module: LightningModule, **choices: Batches | str | None) -> None:
     """Find mistakes that can be known before training; the arguments are those of :func:`resolve_loaders`.
 
@@ -77,7 +82,7 @@ def check_loaders(trainer: Trainer, module: LightningModule, **choices: Batches 
             _method(trainer, module, role, choice)
         elif choice is not None:
             _check_length(role, choice)
-        elif _owner(trainer, module, f"{role}_dataloader") is None:
+        elif not has_loader(trainer, module, role):
             if not _has_validation(trainer):
                 raise _missing(role)
             passed = _passed(trainer, "val_dataloader")

@@ -73,20 +73,26 @@ class LossCall:
             size: samples in the batch.
             given: the batch's tensors; targets may lack the first or the last step of one of them.
         """
+        try:
+            steps = next(filter(None, (self._steps_as_in(whole, size) for whole in given)), 0)
+        except Exception:  # tensors of other kinds, and what was called in a function transform
+            return self
+        return replace(self, steps=steps) if steps > 0 else self
+
+    def _steps_as_in(self, whole: Tensor, size: int) -> int:
+        """The length of sequences if the targets are those of a tensor, but time-major; -1 if they lie as there do."""
         target, valid = self.target.reshape(-1), self._valid
-        for whole in given:
-            if whole.dim() < 2 or len(whole) != size or whole.is_floating_point() != target.is_floating_point():
+        if whole.layout is not torch.strided or whole.dim() < 2 or len(whole) != size or whole.device != target.device:
+            return 0
+        for skipped, part in ((0, whole), (1, whole[:, 1:]), (1, whole[:, :-1])):
+            steps = whole.shape[1] - skipped
+            if steps < 2 or part.numel() != target.numel():
                 continue
-            for part in (whole, whole[:, 1:], whole[:, :-1]):
-                if part.numel() != target.numel() or part.shape[1] < 2 or part.device != target.device:
-                    continue
-                agreed = [
-                    bool(((flat == target) if valid is None else (flat == target) | ~valid.reshape(-1)).all())
-                    for flat in (part.reshape(-1), part.transpose(0, 1).reshape(-1))
-                ]
-                if any(agreed):
-                    return self if agreed[0] else replace(self, steps=part.shape[1])
-        return self
+            for flat, answer in ((part.reshape(-1), -1), (part.transpose(0, 1).reshape(-1), steps)):
+                same = flat == target if valid is None else (flat == target) | ~valid.reshape(-1)
+                if bool(same.all()):
+                    return answer
+        return 0
 
     def per_sample(self, size: int) -> Tensor | None:
         """Loss of every sample, shape (size,), differentiable, in float32 or wider; None if rows fit no sample."""

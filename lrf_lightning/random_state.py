@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["preserved", "seed_all", "seeded"]
+__all__ = ["preserved", "seed_all", "seeded", "set_states", "states"]
 
 
 def seed_all(seed: int) -> None:
@@ -25,21 +25,37 @@ def seed_all(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
+def states() -> list[Any]:
+    """The states of all generators, for :func:`set_states`."""
+    numpy = _numpy()
+    return [
+        random.getstate(),
+        None if numpy is None else numpy.random.get_state(),
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if _cuda_runs() else None,
+    ]
+
+
+def set_states(found: list[Any]) -> None:
+    """Put all generators back into states that :func:`states` gave."""
+    python, array, cpu, cuda = found
+    random.setstate(python)
+    numpy = _numpy()
+    if numpy is not None and array is not None:
+        numpy.random.set_state(array)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
 @contextmanager
 def preserved() -> Iterator[None]:
     """Restore all generators afterwards, also after an exception."""
-    numpy = _numpy()
-    python, array, cpu = random.getstate(), numpy and numpy.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if _cuda_runs() else None
+    before = states()
     try:
         yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(array)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        set_states(before)
 
 
 @contextmanager

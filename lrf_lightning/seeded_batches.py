@@ -9,9 +9,15 @@ from typing import Any
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.random_state import preserved, seed_all
 
-__all__ = ["SeededBatches"]
+__all__ = ["SeededBatches", "split_seed"]
 
+SPLITS = ("calibration", "selection", "verification")
 _END = object()
+
+
+def split_seed(seed: int, split: str) -> int:
+    """The seed of the first batch of a split; other splits draw other numbers, since a verdict must be independent."""
+    return seed + SPLITS.index(split) * 2**20
 
 
 class SeededBatches:

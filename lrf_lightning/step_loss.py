@@ -143,9 +143,9 @@ class StepLoss:
         if record.batch_size is not None and record.batch_size != size and not self._told:
             self._told = True
             rank_zero_warn(
-                f"a batch was counted as {size} samples, the first dimension of its first tensor, but its step logs "
-                f"with batch_size={record.batch_size}: intervals and numbers of samples will be wrong. Put a tensor "
-                "first that has a row for every sample, or yield an object with the number as batch_size"
+                f"a batch was counted as {size} samples, mostly by the first dimension of its first tensor, but its "
+                f"step logs with batch_size={record.batch_size}: intervals and numbers of samples will be wrong. Put a "
+                "tensor first that has a row for every sample, or yield an object with the number as batch_size"
             )
 
     def _record(self, module: LightningModule, step: str, batch: Any) -> StepRecord:

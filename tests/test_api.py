@@ -306,3 +306,4 @@ def test_a_loss_that_draws_noise_draws_the_same_for_every_model(trained, shuffle
     assert counts[0] >= 2, "verification: the original and the chosen model"
     assert counts[6] > len(result.frontier), "selection: the original and all that were measured"
     assert all(len(set(values)) == 1 for values in drawn.values())
+    assert len({values[0] for values in drawn.values()}) == 18, "every batch of every split has noise of its own"

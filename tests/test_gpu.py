@@ -117,10 +117,10 @@ def test_processes_with_nccl_find_what_one_finds(project, tmp_path, nccl, strate
     gpu = ("--accelerator", "gpu")
     (alone,) = notes(started(project, tmp_path / "alone", *gpu), folder=tmp_path / "alone", world=1)
     folder = tmp_path / strategy
-    if strategy == "ddp":  # two nodes, each with its first device, which may be the same one
-        processes = started_on_two_nodes(project, folder, *gpu, "--strategy", strategy, environment=nccl)
-    elif torch.cuda.device_count() > 1:
+    if torch.cuda.device_count() > 1:
         processes = [started(project, folder, *gpu, "--strategy", strategy, "--devices", "2")]
+    elif strategy == "ddp":  # two nodes, both with the same device
+        processes = started_on_two_nodes(project, folder, *gpu, "--strategy", strategy, environment=nccl)
     else:
         pytest.skip("ModelParallelStrategy shards within a node, which needs two devices")
     found = notes(*processes, folder=folder, world=2)

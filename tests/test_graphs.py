@@ -11,9 +11,9 @@ from lrf_lightning import LowRankCompression, compress, load_compressed
 
 torch_geometric = pytest.importorskip("torch_geometric")
 
-from torch_geometric.data import Data  # noqa: E402
+from torch_geometric.data import Data, HeteroData  # noqa: E402
 from torch_geometric.loader import DataLoader  # noqa: E402
-from torch_geometric.nn import GCNConv, GINConv, global_mean_pool  # noqa: E402
+from torch_geometric.nn import GCNConv, GINConv, SAGEConv, global_mean_pool  # noqa: E402
 
 CLASSES, FEATURES = 3, 16
 
@@ -107,3 +107,31 @@ def test_predictions_for_nodes_are_those_of_graphs_given_one_by_one():
         for predictions in ("first_order", "curvature"):
             one, many = (torch.tensor(getattr(curve, predictions)) for curve in (expected, curves[1][name]))
             assert (one - many).norm() < 0.25 * one.norm(), (name, predictions)
+
+
+def test_heterogeneous_graphs_keep_their_types():
+    """A store of such a batch comes into being when it is asked for."""
+    data = []
+    for each in graphs(60, 0):
+        hetero = HeteroData()
+        hetero["item"].x, hetero["item", "to", "item"].edge_index, hetero.y = each.x, each.edge_index, each.y
+        data.append(hetero)
+    convolution = SAGEConv(FEATURES, 48)
+
+    class Hetero(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.head = convolution, nn.Linear(48, CLASSES)
+
+        def forward(self, batch):
+            assert batch.node_types == ["item"]
+            nodes = self.convolution(batch["item"].x, batch["item", "to", "item"].edge_index).relu()
+            return self.head(global_mean_pool(nodes, batch["item"].batch))
+
+    def loss(model, batch):
+        return functional.cross_entropy(model(batch), batch.y, reduction="none")
+
+    parts = [list(DataLoader(part, 10)) for part in (data[:20], data[20:40], data[40:])]
+    result = compress(Hetero(), loss, *parts, objective="budget", keep=0.6, speed="none", **QUICK)
+    assert sum(result.samples.values()) == 60
+    assert any(name.startswith("convolution.") for name in result.ranks)

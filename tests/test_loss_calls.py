@@ -98,6 +98,17 @@ class TestTimeMajorRows:
         self.check(functional.cross_entropy, logits, wanted, [tokens])
         self.check(functional.cross_entropy, logits, tokens, [tokens], ignore_index=int(tokens[0, 0]))
 
+    def test_labels_that_became_numbers(self, tokens):
+        wanted = (tokens > 1).float()
+        self.check(functional.binary_cross_entropy_with_logits, torch.randn(wanted.shape), wanted, [tokens > 1])
+
+    def test_what_cannot_be_looked_at_is_passed_over(self, logits):
+        wanted = logits.flip(0).flatten(1)
+        _, call = single(lambda: functional.mse_loss(logits.flatten(1), wanted))
+        assert call.arranged(self.SIZE, [wanted.to_sparse(), wanted]) is call
+        result, calls = watched(lambda: torch.vmap(functional.mse_loss)(logits, logits.flip(0)).mean())
+        assert explanation(calls, result, self.SIZE, [logits.flip(0)]) is None
+
     def test_forecasts(self, logits):
         self.check(functional.mse_loss, logits, logits.flip(0), [logits.flip(0)])
 

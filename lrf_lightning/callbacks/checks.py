@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn.parameter import UninitializedParameter
 
 from lrf_lightning import safe_files
 from lrf_lightning.best_checkpoint import best_checkpoint_callback
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.export import FORMATS, missing_packages
+from lrf_lightning.loaders import has_loader
 from lrf_lightning.solver.evaluation import evaluation_mode, to_device
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.step_loss import Score, StepLoss, can_be_run
@@ -213,32 +217,37 @@ def check_steps(module: LightningModule) -> None:
 
 
 def check_loss(
-    trainer: Trainer, module: LightningModule, batch: Any, *, score: str | Score | None, strict: bool
+    trainer: Trainer, module: LightningModule, batch: Any, *, score: str | Score | None, loaders: Mapping[str, Any]
 ) -> None:
-    """Look for loss and score on a first batch, with a copy of the module, as the compression does after the training.
+    """Look for loss and score on a first batch, with copies of both, as the compression does after the training.
 
-    What cannot be found then is warned about only, since a step may need what only a training makes.
+    What is not found is warned about only, since a step may need what only a training makes. Nothing is done where the
+    compression gets its data from elsewhere, for lazy weights, and for sharded ones, where a backward pass would have
+    to follow.
 
     Args:
         trainer: in its sanity check.
         module: the module, before training.
         batch: of the validation data, on the module's device.
         score: see :class:`~lrf_lightning.step_loss.StepLoss`.
-        strict: whether to raise instead.
-
-    Raises:
-        MisconfigurationException: if ``strict``.
+        loaders: what was given for the splits, by name.
     """
-    try:
-        with undisturbed(trainer):
-            copy = detached_copy(module)
-            with evaluation_mode(copy):
-                StepLoss(trainer, score=score)(copy, to_device(batch, module.device))
-    except Exception as error:  # the user's code, and whatever cannot be copied
-        message = f"LowRankCompression tried the first validation batch and would fail after the training: {error}"
-        if strict:
-            raise MisconfigurationException(message) from error
-        rank_zero_warn(message)
+    others = any(loader is not None or has_loader(trainer, module, role) for role, loader in loaders.items())
+    lazy = any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
+    if others or lazy or isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    with undisturbed(trainer):
+        try:
+            copies = detached_copy(module), copy.deepcopy(batch)
+        except Exception:  # the user's types
+            return
+        try:
+            with evaluation_mode(copies[0]):
+                StepLoss(trainer, score=score)(copies[0], to_device(copies[1], module.device))
+        except Exception as error:
+            rank_zero_warn(
+                f"LowRankCompression tried the first validation batch and may fail after the training: {error}"
+            )
 
 
 def check_layers(module: LightningModule, settings: Settings) -> None:

@@ -16,7 +16,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -41,6 +40,7 @@ from lrf_lightning.report import print_report
 from lrf_lightning.run_folder import run_folder
 from lrf_lightning.sample_call import Sample, find_sample
 from lrf_lightning.sample_images import find_images
+from lrf_lightning.seeded_batches import split_seed
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.settings import (
     BUDGETS,
@@ -260,15 +260,9 @@ class LowRankCompression(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """In the sanity check, before hours of training, see whether the loss will be found.
-
-        Raises:
-            MisconfigurationException: if it will not, and ``strict`` is set.
-        """
-        first = trainer.sanity_checking and batch_idx == dataloader_idx == 0
-        # a pass of sharded weights has to be followed by the one back
-        if first and self.loss is None and not isinstance(trainer.strategy, ModelParallelStrategy):
-            checks.check_loss(trainer, pl_module, batch, score=self.score, strict=self.strict)
+        """In the sanity check, before hours of training, see whether the loss will be found."""
+        if trainer.sanity_checking and batch_idx == dataloader_idx == 0 and self.loss is None:
+            checks.check_loss(trainer, pl_module, batch, score=self.score, loaders=self.loaders)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse compressed checkpoints of a future version or with changed weights.
@@ -360,8 +354,11 @@ class LowRankCompression(Callback):
                 host = copied_model(module).eval()  # transfer hooks may use buffers and look at the training mode
             for note in loaders.notes:
                 logger.info(note)
-            shares = [dealt(getattr(loaders, role), processes) for role in ROLES]
-            batches = [DeviceBatches(share, trainer, host, device, seed=seed, processes=processes) for share in shares]
+            shares = {role: dealt(getattr(loaders, role), processes) for role in ROLES}
+            batches = [
+                DeviceBatches(share, trainer, host, device, seed=split_seed(seed, role), processes=processes)
+                for role, share in shares.items()
+            ]
             loss = StepLoss(trainer, score=self.score, loss=self.loss)
             loss.agree(module, batches[0], processes)
             result = compress(

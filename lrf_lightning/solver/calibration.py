@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lrf_lightning.seeded_batches import SeededBatches
+from lrf_lightning.seeded_batches import SeededBatches, split_seed
 from lrf_lightning.solver.compensation import can_be_fitted
 from lrf_lightning.solver.curves import Prediction, Tails, component_derivatives, predict
 from lrf_lightning.solver.evaluation import Batches, Outcome, batch_size, evaluate, evaluation_mode, to_device
@@ -120,7 +120,7 @@ class _Probing:
         count = work.processes.share(max(1, round(PROBE_SAMPLES / max(size, 1))))
         with work.processes.together("reading the calibration data"):
             read = list(itertools.islice(work.calibration, count))
-        batches = SeededBatches(read, work.settings.seed, work.processes)
+        batches = SeededBatches(read, split_seed(work.settings.seed, "calibration"), work.processes)
         return cls(batches, evaluate(work.model, work.loss, batches, work.device, processes=work.processes))
 
 

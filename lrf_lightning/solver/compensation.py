@@ -150,10 +150,11 @@ def compensated_target(
 
 @dataclass
 class _Evidence:
-    """Moments E[x y'] and E[y y'] of one layer."""
+    """Moments E[x y'] and E[y y'] of one layer, and whether the rows of both models match."""
 
     cross: Moment = field(default_factory=Moment)
     inputs: Moment = field(default_factory=Moment)
+    matches: bool = True
 
 
 @dataclass
@@ -234,11 +235,14 @@ class _Fitting:
                     there = [index for index in wanted if _stands_before(batch.compressed[index], name)]
                     self._observe(layer, batch, {index: evidence[index] for index in there})
             for index in wanted:
+                found: _Evidence | None = evidence.pop(index)
+                assert found is not None
                 if self.processes.size > 1:
-                    evidence[index].cross.merge(self.processes, device)
-                    evidence[index].inputs.merge(self.processes, device)
-                rank = targets[index].ranks[name]
-                targets[index].replacements[name] = self.solved(name, rank, evidence.pop(index))
+                    found.cross.merge(self.processes, device)
+                    found.inputs.merge(self.processes, device)
+                if not all(self.processes.gather(found.matches)):
+                    found = None
+                targets[index].replacements[name] = self.solved(name, targets[index].ranks[name], found)
             self.done.add(name)
 
     def _observe(self, layer: LayerStatistics, batch: _Passes, evidence: Mapping[int, _Evidence]) -> None:
@@ -255,7 +259,9 @@ class _Fitting:
         for index, moments in evidence.items():
             after = batch.compressed[index].event[1]
             if after.shape != before.shape:
-                continue  # other tokens are sent to this expert than before, so that rows do not match
+                # other tokens are sent to this expert than before; where as many are, it may be by chance
+                moments.matches = False
+                continue
             y = self._rows(layer, after, batch.size, number)
             moments.cross.add(x, y)
             moments.inputs.add(y, y)

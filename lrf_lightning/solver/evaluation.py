@@ -14,6 +14,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -160,55 +161,78 @@ def step(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> StepOut
 def batch_size(batch: Any) -> int:
     """Number of samples in a batch.
 
-    A batch may say it itself, as those of PyTorch Geometric do (``num_graphs``, ``batch_size``). Where it consists of
-    lists with an entry for every sample, as those of torchvision's detectors do, it is their length. Otherwise it is
-    the first dimension of the first tensor found in the batch.
+    A batch, or a part of it, may say it itself, as those of PyTorch Geometric do (``num_graphs``, ``batch_size``).
+    Where it consists of lists with an entry for every sample, as those of torchvision's detectors do, it is their
+    length. Otherwise it is the first dimension of the first tensor found in the batch.
 
     Raises:
         ValueError: if it is none of these, since the batch holds no tensor with at least one dimension.
     """
-    listed = _listed_samples(batch)
-    if listed is not None:
-        return listed
-    for part in _parts(batch):
-        size = _said_size(part)
-        if size is not None:
-            return size
-    raise ValueError(
-        f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension, "
-        "so its samples cannot be counted; let the loader yield tensors whose first dimension is the batch, "
-        "or an object with a number batch_size"
-    )
+    size = _said_size(batch) or _listed_samples(batch) or next(_sizes(batch), None)
+    if size is None and callable(getattr(batch, "to_dict", None)):  # a single graph does not say that it is one of many
+        try:
+            size = next(_sizes(batch.to_dict()), None)
+        except Exception:  # the user's types
+            logger.debug("%s.to_dict() failed", type(batch).__name__, exc_info=True)
+    if size is None:
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension, "
+            "so its samples cannot be counted; let the loader yield tensors whose first dimension is the batch, "
+            "or an object with a number batch_size"
+        )
+    return size
+
+
+def _said_size(part: Any) -> int | None:
+    """What an object of the user's says about the number of its samples, None if it says nothing."""
+    if isinstance(part, Tensor):
+        return None
+    for name in SIZES:
+        try:
+            size = getattr(part, name, None)
+        except Exception:  # the user's property
+            continue
+        if isinstance(size, Tensor) and size.dim() == 0 and not size.is_floating_point():
+            size = int(size)
+        if isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0:
+            return int(size)
+    return None
+
+
+def _sizes(batch: Any) -> Iterator[int]:
+    """What the parts of a nested batch tell about the number of samples, in their order."""
+    size = _said_size(batch)
+    if size is not None:
+        yield size
+    elif isinstance(batch, Tensor):
+        if batch.dim() > 0:
+            yield int(batch.shape[0])
+    else:
+        for part in _members(batch):
+            yield from _sizes(part)
 
 
 def _listed_samples(batch: Any) -> int | None:
     """The common length of at least two lists that a batch consists of, None if they are not about samples.
 
-    They are if one holds dictionaries, or if their tensors differ in the first dimension; lists of inputs that all have
-    a row for every sample do not.
+    They are if each holds tensors of one rank, or dictionaries, or other values, and if either there are such others or
+    tensors of a list differ in their first dimension. Lists of inputs that all have a row for every sample do not.
     """
     lists = list(batch.values()) if isinstance(batch, Mapping) else batch
     if not isinstance(lists, (list, tuple)) or len(lists) < 2 or not all(isinstance(x, (list, tuple)) for x in lists):
         return None
     if len({len(x) for x in lists}) > 1 or not lists[0]:
         return None
-    dictionaries = any(all(isinstance(item, Mapping) for item in x) for x in lists)
-    first = {tensor.shape[:1] for tensor in tensors(batch)}
-    return len(lists[0]) if dictionaries or len(first) > 1 else None
-
-
-def _said_size(part: Any) -> int | None:
-    """What a tensor or a user's object says about the number of samples."""
-    if isinstance(part, Tensor):
-        return int(part.shape[0]) if part.dim() > 0 else None
-    for name in SIZES:
-        try:
-            size = getattr(part, name, None)
-        except Exception:  # the user's property
-            continue
-        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-            return size
-    return next((int(tensor.shape[0]) for tensor in tensors(part) if tensor.dim() > 0), None)
+    told = False
+    for entries in lists:
+        shapes = {item.shape for item in entries if isinstance(item, Tensor)}
+        if not shapes:
+            told = told or not any(isinstance(item, (list, tuple)) for item in entries)
+        elif all(isinstance(item, Tensor) for item in entries) and len({len(shape) for shape in shapes}) == 1:
+            told = told or len({shape[:1] for shape in shapes}) > 1
+        else:
+            return None
+    return len(lists[0]) if told else None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -252,7 +276,7 @@ def _moved(batch: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
             # the way around __init__ and frozen
             object.__setattr__(moved, item.name, _moved(getattr(batch, item.name), device, known))
         return moved
-    return batch
+    return own_copy(batch)
 
 
 def _filled(mapping: Any, values: dict[Any, Any]) -> Any:
@@ -284,28 +308,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:
-    """All tensors of a nested batch, in the order in which they stand there."""
-    for part in _parts(batch):
-        if isinstance(part, Tensor):
-            yield part
-        elif callable(getattr(part, "keys", None)) and hasattr(part, "__getitem__"):  # a graph, a TensorDict
-            for key in part.keys():  # noqa: SIM118 (no Mapping)
-                yield from tensors(part[key])
+    """All tensors of a nested batch, in the order in which they stand there; the user's own objects are not opened."""
+    if isinstance(batch, Tensor):
+        yield batch
+    else:
+        for part in _members(batch):
+            yield from tensors(part)
 
 
-def _parts(batch: Any) -> Iterator[Any]:
-    """What a nested batch is made of, in order: tensors, numbers, texts and objects of the user's types."""
+def _members(batch: Any) -> Iterator[Any]:
+    """What a container holds, nothing for other values."""
     if isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _parts(value)
+        yield from batch.values()
     elif isinstance(batch, (list, tuple)):
-        for value in batch:
-            yield from _parts(value)
+        yield from batch
     elif dataclasses.is_dataclass(batch):
         for item in dataclasses.fields(batch):
-            yield from _parts(getattr(batch, item.name))
-    else:
-        yield batch
+            yield getattr(batch, item.name)
 
 
 def _to_cpu(output: StepOutput, keep_logits: bool) -> StepOutput:

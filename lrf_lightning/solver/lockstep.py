@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrf_lightning import random_state
+
 __all__ = ["Run", "pause", "runs", "unlocked"]
 
 _current = threading.local()
@@ -61,7 +63,7 @@ class Run:
         self._around = around or nullcontext()
         self._reply: Any = None
         self._error: BaseException | None = None
-        self._modes, self._random = _modes(), _random_states()
+        self._modes, self._random = _modes(), random_state.states()
         self._cancelled = False
         self._turn, self._rest = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, daemon=True, name="lockstep")
@@ -75,17 +77,17 @@ class Run:
         if self.finished:
             return
         self._reply, self.event = reply, None
-        ours = _random_states()
-        _set_random_states(self._random)
+        ours = random_state.states()
+        random_state.set_states(self._random)
         try:
             with self._around:
                 if not self._thread.is_alive():
                     self._thread.start()
                 self._turn.release()
                 self._rest.acquire()
-            self._random = _random_states()
+            self._random = random_state.states()
         finally:
-            _set_random_states(ours)
+            random_state.set_states(ours)
             if self.finished:
                 self._around = nullcontext()  # it may hold what the run has left
         if self._error is not None:
@@ -200,17 +202,6 @@ def _modes() -> list[Callable[[], Any]]:
         current = torch.cuda.current_device()
         modes.append(lambda: torch.cuda.device(current))
     return modes
-
-
-def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return torch.get_rng_state(), cuda
-
-
-def _set_random_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1]:
-        torch.cuda.set_rng_state_all(states[1])
 
 
 @contextmanager

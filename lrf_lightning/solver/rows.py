@@ -10,7 +10,8 @@ A layer maps rows x (columns entries) to rows y (rows entries), once per token o
 The rows of one sample must lie together: the leading dimension of the layer's input is B or a multiple of it (windows,
 frames, flattened tokens), or the second one is B (time-major sequences). Where samples differ in their number of rows
 (the nodes of graphs, regions of images, tokens that an expert gets), so that it does not go up, the rows are cut into B
-runs of one length, and zeros fill the last ones. Sums over the batch stay exact that way, and a run is about a sample.
+runs of one length, and zeros fill the last ones. Sums over the batch stay exact that way, and the rows of a run are
+mostly those of one sample. Where rows belong to all samples at once, curvatures come out too large.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class RowReader:
     def rows_per_sample(self, x: Tensor, batch: int) -> int:
         """Number of rows R that one sample has in a call with the input ``x``."""
         raise NotImplementedError
+
+    def rows(self, x: Tensor, batch: int) -> int:
+        """Number of rows of all samples in a call with the input ``x``."""
+        return self.rows_per_sample(x, batch) * batch
 
     def inputs(
         self,
@@ -96,6 +101,10 @@ class RowReader:
 class LinearRows(RowReader):
     """Rows of ``nn.Linear`` and Hugging Face's ``Conv1D``: the last dimension of input and output."""
 
+    def rows(self, x: Tensor, batch: int) -> int:
+        """See :meth:`RowReader.rows`; without those that fill up."""
+        return math.prod(x.shape[:-1])
+
     def rows_per_sample(self, x: Tensor, batch: int) -> int:
         """See :meth:`RowReader.rows_per_sample`."""
         return _by_sample(x, batch, self.candidate.name).shape[1]
@@ -144,6 +153,10 @@ class EmbeddingRows(LinearRows):
             raise UnreadableRowsError(_unreadable(self.candidate.name, x, batch))
         return super().rows_per_sample(x[..., None], batch)
 
+    def rows(self, x: Tensor, batch: int) -> int:
+        """See :meth:`RowReader.rows`."""
+        return x.numel()
+
     def squared_inputs(self, x: Tensor, positions: Tensor | None, batch: int) -> tuple[Tensor, int]:
         """See :meth:`RowReader.squared_inputs`; how often every entry was looked up."""
         indices = super().inputs(x[..., None], positions, batch).flatten().long()
@@ -186,7 +199,8 @@ def _by_sample(x: Tensor, batch: int, name: str) -> Tensor:
     missing = -x.shape[0] % batch if x.dim() == 2 else 0
     if x.dim() >= 2 and (x.shape[0] + missing) % batch == 0:
         each = (x.shape[0] + missing) // batch * math.prod(x.shape[1:-1])  # may be 0: an expert without a token
-        return F.pad(x, (0, 0, 0, missing)).reshape(batch, each, x.shape[-1])
+        x = F.pad(x, (0, 0, 0, missing)) if missing else x
+        return x.reshape(batch, each, x.shape[-1])
     raise UnreadableRowsError(_unreadable(name, x, batch))
 
 

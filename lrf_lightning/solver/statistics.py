@@ -107,8 +107,9 @@ def collect_statistics(
             positions = sampler.positions(layer.candidate, available, index, x.device)
             if first:
                 _add_inputs(part, x, positions, size)
-                calls[name, use.transposed] += available * size
-                part.observed = part.observed or LayerInput.of(x, size, available * size)
+                rows = part.reader.rows(x, size)
+                calls[name, use.transposed] += rows
+                part.observed = part.observed or LayerInput.of(x, size, rows)
         except UnreadableRowsError as error:
             layer.problem = str(error)
             return None

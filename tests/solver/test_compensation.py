@@ -246,18 +246,31 @@ class Routed(nn.Module):
 
 def test_experts_that_get_other_rows_than_before_are_not_fitted_to_them():
     """Rows of both models do not match any more where the layer before an expert has sent others there."""
-    model = Routed()
+    model, ranks = Routed(), {"positive": 3, "negative": 3}
     batches = [(torch.randn(20, 5, 12), torch.randint(4, (20,))) for _ in range(4)]
     sampler = AllRows(1, 80, 0)
     layers = collect_statistics(model, find_layers(model)[0], loss, batches, CPU, sampler=sampler)
-    problem = model, batches, layers, sampler
-    coarse = built(problem, {"first": 1, "positive": 3, "negative": 3})
-    rows = [[int((each.first(x)[..., 0] > 0).sum()) for x, _ in batches] for each in (model, coarse)]
-    assert all(dense != other for dense, other in zip(*rows, strict=True)), "or the test tests nothing"
-    plain = built(problem, {"positive": 3, "negative": 3}, compensation=False)
-    for name in ("positive", "negative"):
-        products = [each.get_submodule(name).weight for each in (coarse, plain)]
-        torch.testing.assert_close(*products)
+    coarse = built((model, batches, layers, sampler), {"first": 1}, compensation=False)
+
+    def positive(each, x):
+        return int((each.first(x)[..., 0] > 0).sum())
+
+    def fitted(batches, **options):
+        compressed = copy.deepcopy(coarse)
+        options = {"metric": "fisher", "damping": 1e-2, "compensation": True, "loss": loss} | options
+        chosen = {name: layers[name] for name in ranks}
+        fit_layers(model, [(compressed, ranks)], chosen, batches=batches, device=CPU, sampler=sampler, **options)
+        return [compressed.get_submodule(name).weight for name in ranks]
+
+    assert all(positive(model, x) != positive(coarse, x) for x, _ in batches), "or the test tests nothing"
+    plain = fitted(batches, compensation=False)
+    torch.testing.assert_close(fitted(batches), plain)
+    # as many rows as before in one of the batches, but others
+    pool = torch.randn(2000, 5, 12)
+    same = torch.stack([x for x in pool if positive(model, x) == positive(coarse, x)][:20])
+    chance = (same, torch.randint(4, (20,)))
+    assert not torch.allclose(fitted([chance])[0], plain[0]), "this one alone cannot be told"
+    torch.testing.assert_close(fitted([*batches[1:], chance]), plain)
 
 
 class Local(nn.Module):

@@ -2,8 +2,10 @@
 
 import math
 from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -195,15 +197,33 @@ class Graphs:
         self.__dict__.update(sizes)
         self.items = items
 
+    def __getitem__(self, key):
+        raise AssertionError("objects of the user's are not opened: some make what they are asked for")
+
     def keys(self):
         return list(self.items)
 
-    def __getitem__(self, key):
-        return self.items[key]
+    def to_dict(self):
+        return {key: item.items if isinstance(item, Graphs) else item for key, item in self.items.items()}
 
     @property
     def num_graphs(self):
         return self.__dict__["graphs"]  # a KeyError where there is none
+
+
+@dataclass
+class Said:
+    """Says its size, which is not that of its first tensor."""
+
+    x: torch.Tensor
+    batch_size: object
+
+
+NamedSaid = namedtuple("NamedSaid", ["x", "batch_size"])
+
+
+class Attributes(dict):
+    batch_size = 7
 
 
 @pytest.mark.parametrize(
@@ -214,6 +234,11 @@ class Graphs:
         Graphs({"batch_size": torch.Size([3])}, scale=torch.tensor(1.0), x=torch.zeros(7, 2)),
         Graphs({"batch_size": 0}, nodes=Graphs({}, x=torch.zeros(7, 2))),
         ("text", Graphs({"graphs": 7}), torch.zeros(3)),
+        Said(torch.zeros(2, 9), 7),
+        Said(torch.zeros(2, 9), torch.tensor(7)),
+        Said(torch.zeros(2, 9), np.int64(7)),
+        NamedSaid(torch.zeros(2, 9), 7),
+        Attributes(x=torch.zeros(2, 9)),
     ],
 )
 def test_a_batch_may_say_its_size_itself(batch):
@@ -234,6 +259,12 @@ def images(count):
         (((torch.zeros(7, 3), torch.zeros(7, 5)), (torch.zeros(7), torch.zeros(7))), 7),
         ((torch.zeros(7, 3), [{"boxes": torch.zeros(2, 4)} for _ in range(7)]), 7),
         (([torch.zeros(7, 3)], [torch.zeros(7), torch.zeros(7)]), 7),
+        (([torch.zeros(80), torch.zeros(80)], ["a", "b"]), 2),
+        (([torch.zeros(16000)], ["a"]), 1),
+        ({"l": [torch.zeros(7, 3), torch.zeros(7)], "u": [torch.zeros(9, 3), torch.zeros(9)]}, 7),
+        ({"l": [torch.zeros(7, 10), torch.zeros(7, 3)], "u": [torch.zeros(9, 10), torch.zeros(9, 3)]}, 7),
+        (([torch.zeros(7, 4, 9), torch.zeros(7)], [torch.zeros(57), torch.zeros(7)]), 7),
+        (((torch.zeros(7, 3), torch.zeros(7, 3)), (torch.zeros(7), torch.tensor(0.5))), 7),
         (([], []), None),
     ],
 )

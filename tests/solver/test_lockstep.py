@@ -1,7 +1,9 @@
+import random
 import threading
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,10 +89,13 @@ def test_the_callers_modes_are_carried_over():
 def test_runs_made_together_draw_the_same_numbers_and_leave_the_callers_state():
     drawn = {}
 
+    def numbers():
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(())], dtype=torch.float64)
+
     def draw(name):
-        first = torch.rand(3)
+        first = numbers()
         pause(name)
-        drawn[name] = torch.cat([first, torch.rand(3)])
+        drawn[name] = torch.cat([first, numbers()])
 
     torch.manual_seed(5)
     state = torch.get_rng_state()
