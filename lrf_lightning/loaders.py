@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lrf_lightning.batches import EveryNth, FirstBatches, fixed_order, overlaps, rebuilt
 from lrf_lightning.combined_batches import CombinedBatches
 from lrf_lightning.random_state import seeded
-from lrf_lightning.solver.evaluation import Batches, tensors
+from lrf_lightning.solver.batch_contents import tensors
+from lrf_lightning.solver.evaluation import Batches
 
 __all__ = ["ROLES", "LoaderChoice", "Loaders", "check_loaders", "has_loader", "resolve_loaders"]
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lrf_lightning.solver.evaluation import LossFunction, StepOutput, batch_size, tensors
+from lrf_lightning.solver.batch_contents import batch_size, tensors
+from lrf_lightning.solver.evaluation import LossFunction, StepOutput
 from lrf_lightning.solver.loss_terms import LossTerms
 
 __all__ = ["ExplainedLoss", "LossCall", "LossCalls", "explanation"]
@@ -214,7 +215,8 @@ class ExplainedLoss:
             return self.loss(model, batch)
         plain = output if isinstance(output, StepOutput) else StepOutput(output)
         if isinstance(plain.loss, Tensor) and plain.terms is None:
-            found = explanation(watch.calls, plain.loss, size, given, widened=True)
+            calls = [call.arranged(size, given) for call in watch.calls]
+            found = explanation(calls, plain.loss, size, widened=True)
             terms = None if found is None or not torch.isfinite(plain.loss).all() else found[0].terms(size)
             if terms is not None:
                 self._found = True
@@ -224,7 +226,7 @@ class ExplainedLoss:
 
 
 def explanation(
-    calls: Iterable[LossCall], loss: Tensor, size: int, given: Sequence[Tensor] = (), *, widened: bool = False
+    calls: Iterable[LossCall], loss: Tensor, size: int, *, widened: bool = False
 ) -> tuple[LossCall, Tensor] | None:
     """The first watched call that a loss comes from, and its losses per sample; None if there is none.
 
@@ -235,7 +237,6 @@ def explanation(
         calls: watched calls.
         loss: shape (batch,), or () for the mean.
         size: samples in the batch.
-        given: the batch's tensors.
         widened: whether the loss may be no more exact than the call's result, in spite of its dtype.
     """
     for call in calls:
@@ -243,7 +244,6 @@ def explanation(
         if loss.requires_grad and not call.input.requires_grad:
             continue
         try:
-            call = call.arranged(size, given)
             losses = call.per_sample(size)
         except Exception:  # what was called in a function transform or a compiled region cannot be called again
             continue

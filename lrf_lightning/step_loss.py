@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import Processes
 from lrf_lightning.loss_calls import explanation
 from lrf_lightning.random_state import preserved
-from lrf_lightning.solver.evaluation import StepOutput, batch_size, evaluation_mode, own_copy, tensors
+from lrf_lightning.solver.batch_contents import batch_size, own_copy, tensors
+from lrf_lightning.solver.evaluation import StepOutput, evaluation_mode
 from lrf_lightning.step_record import StepRecord, run_step
 
 __all__ = ["Score", "StepLoss", "can_be_run"]
@@ -282,14 +283,14 @@ def _required_loss(record: StepRecord, source: _Source) -> Tensor:
 
 def _output(record: StepRecord, loss: Tensor, size: int, given: list[Tensor]) -> StepOutput:
     """The loss per sample where a watched call explains it, else as it is; accuracy and logits where they are known."""
-    found = explanation(record.calls, loss, size, given) if loss.dim() == 0 else None
+    calls = [call.arranged(size, given) for call in record.calls]
+    found = explanation(calls, loss, size) if loss.dim() == 0 else None
     if found is not None:
         call, losses = found
         logits = call.logits(size)
         target = None if logits is None else call.target
         terms = call.terms(size) if torch.isfinite(loss) else None
         return StepOutput(losses, call.correct(size), logits, target, terms)
-    calls = [call.arranged(size, given) for call in record.calls]
     scores = [score for call in calls if (score := call.correct(size)) is not None]
     return StepOutput(loss, scores[0] if len(scores) == 1 else None)
 

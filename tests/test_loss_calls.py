@@ -74,7 +74,7 @@ class TestTimeMajorRows:
             lambda: function(logits.transpose(0, 1).flatten(0, 1), wanted.transpose(0, 1).flatten(0, 1), **options)
         )
         assert call.arranged(self.SIZE, []) is call
-        found, per_sample = explanation([call], result, self.SIZE, given)
+        found, per_sample = explanation([call.arranged(self.SIZE, given)], result, self.SIZE)
         _, expected = single(lambda: function(logits.flatten(0, 1), wanted.flatten(0, 1), **options))
         torch.testing.assert_close(per_sample, expected.per_sample(self.SIZE))
         torch.testing.assert_close(found.terms(self.SIZE).values, expected.terms(self.SIZE).values)
@@ -107,14 +107,15 @@ class TestTimeMajorRows:
         _, call = single(lambda: functional.mse_loss(logits.flatten(1), wanted))
         assert call.arranged(self.SIZE, [wanted.to_sparse(), wanted]) is call
         result, calls = watched(lambda: torch.vmap(functional.mse_loss)(logits, logits.flip(0)).mean())
-        assert explanation(calls, result, self.SIZE, [logits.flip(0)]) is None
+        calls = [call.arranged(self.SIZE, [logits.flip(0)]) for call in calls]
+        assert explanation(calls, result, self.SIZE) is None
 
     def test_forecasts(self, logits):
         self.check(functional.mse_loss, logits, logits.flip(0), [logits.flip(0)])
 
     def test_rows_by_sample_stay(self, logits, tokens):
         result, call = single(lambda: functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
-        assert explanation([call], result, self.SIZE, [tokens])[0] is call
+        assert explanation([call.arranged(self.SIZE, [tokens])], result, self.SIZE)[0] is call
         alike = torch.ones_like(tokens)
         _, call = single(lambda: functional.cross_entropy(logits.flatten(0, 1), alike.flatten()))
         assert call.arranged(self.SIZE, [alike]) is call, "both orders are the same"

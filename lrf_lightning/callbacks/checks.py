@@ -22,7 +22,8 @@ from lrf_lightning.best_checkpoint import best_checkpoint_callback
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.export import FORMATS, missing_packages
 from lrf_lightning.loaders import has_loader
-from lrf_lightning.solver.evaluation import evaluation_mode, to_device
+from lrf_lightning.solver.batch_contents import to_device
+from lrf_lightning.solver.evaluation import evaluation_mode
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.step_loss import Score, StepLoss, can_be_run
 from lrf_lightning.surgery import find_layers

@@ -25,7 +25,7 @@ from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.device_batches import DeviceBatches
 from lrf_lightning.loaders import resolve_loaders
 from lrf_lightning.run_folder import run_folder
-from lrf_lightning.solver.evaluation import batch_size
+from lrf_lightning.solver.batch_contents import batch_size
 from lrf_lightning.solver.factorization import decomposition_cost
 from lrf_lightning.solver.forecast import Forecast, forecast
 from lrf_lightning.solver.spectra import Spectrum, spectrum

@@ -27,7 +27,7 @@ from lrf_lightning.modules.base import LowRankModule, check_rank, memory_format
 
 __all__ = ["CONVOLVE", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d", "LowRankConvNd"]
 
-# by the number of spatial dimensions; not an attribute of the classes, where torch.export before 2.8 refuses functions
+# by the number of spatial dimensions; not an attribute of the classes, where torch.export of torch 2.7 refuses them
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 

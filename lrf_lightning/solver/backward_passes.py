@@ -10,15 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
-from lrf_lightning.solver.evaluation import (
-    Batches,
-    LossFunction,
-    StepOutput,
-    batch_size,
-    evaluation_mode,
-    step,
-    to_device,
-)
+from lrf_lightning.solver.batch_contents import batch_size, to_device
+from lrf_lightning.solver.evaluation import Batches, LossFunction, StepOutput, evaluation_mode, step
 from lrf_lightning.solver.hooks import frozen_parameters, observe_gradients
 from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.own_attributes import Attributes, OwnAttributes

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.model_copy import copied_model
-from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, to_device
+from lrf_lightning.solver.batch_contents import batch_size, to_device
+from lrf_lightning.solver.evaluation import Batches, LossFunction, evaluation_mode
 
 __all__ = ["renormalized"]
 

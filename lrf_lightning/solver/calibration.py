@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from lrf_lightning.seeded_batches import SeededBatches, split_seed
+from lrf_lightning.solver.batch_contents import batch_size, to_device
 from lrf_lightning.solver.compensation import can_be_fitted
 from lrf_lightning.solver.curves import Prediction, Tails, component_derivatives, predict
-from lrf_lightning.solver.evaluation import Batches, Outcome, batch_size, evaluate, evaluation_mode, to_device
+from lrf_lightning.solver.evaluation import Batches, Outcome, evaluate, evaluation_mode
 from lrf_lightning.solver.factorization import Factors
 from lrf_lightning.solver.hooks import observe_inputs
 from lrf_lightning.solver.layer_statistics import LayerStatistics, memory_groups

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.modules import LowRankModule
+from lrf_lightning.solver.batch_contents import batch_size, to_device
 from lrf_lightning.solver.conv_orders import best_factors, layer_factors
-from lrf_lightning.solver.evaluation import Batches, LossFunction, batch_size, evaluation_mode, to_device
+from lrf_lightning.solver.evaluation import Batches, LossFunction, evaluation_mode
 from lrf_lightning.solver.factorization import divided
 from lrf_lightning.solver.hooks import first_tensor
 from lrf_lightning.solver.layer_statistics import LayerStatistics
@@ -235,14 +236,12 @@ class _Fitting:
                     there = [index for index in wanted if _stands_before(batch.compressed[index], name)]
                     self._observe(layer, batch, {index: evidence[index] for index in there})
             for index in wanted:
-                found: _Evidence | None = evidence.pop(index)
-                assert found is not None
+                found, rank = evidence.pop(index), targets[index].ranks[name]
                 if self.processes.size > 1:
                     found.cross.merge(self.processes, device)
                     found.inputs.merge(self.processes, device)
-                if not all(self.processes.gather(found.matches)):
-                    found = None
-                targets[index].replacements[name] = self.solved(name, targets[index].ranks[name], found)
+                matches = all(self.processes.gather(found.matches))
+                targets[index].replacements[name] = self.solved(name, rank, found if matches else None)
             self.done.add(name)
 
     def _observe(self, layer: LayerStatistics, batch: _Passes, evidence: Mapping[int, _Evidence]) -> None:

@@ -28,7 +28,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrf_lightning.solver.evaluation import batch_size, evaluation_mode, to_device
+from lrf_lightning.solver.batch_contents import batch_size, to_device
+from lrf_lightning.solver.evaluation import evaluation_mode
 from lrf_lightning.solver.latency import device_name, ratio_at, wait
 from lrf_lightning.solver.speed_result import Pair, Runtime, SlowerLayer, Speed, Timing
 from lrf_lightning.solver.workspace import Workspace

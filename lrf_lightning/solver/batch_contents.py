@@ -1,0 +1,176 @@
+"""What a batch of any type holds: how many samples, which tensors, and a copy of it on a device."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections import UserDict
+from collections.abc import Iterator, Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["batch_size", "own_copy", "tensors", "to_device"]
+
+logger = logging.getLogger(__name__)
+
+SIZES = ("num_graphs", "batch_size")  # names under which a user's object may say how many samples it holds
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples in a batch.
+
+    A batch, or a part of it, may say it itself, as those of PyTorch Geometric do (``num_graphs``, ``batch_size``).
+    Where it consists of lists with an entry for every sample, as those of torchvision's detectors do, it is their
+    length. Otherwise it is the first dimension of the first tensor found in the batch.
+
+    Raises:
+        ValueError: if it is none of these, since the batch holds no tensor with at least one dimension.
+    """
+    size = _said_size(batch) or _listed_samples(batch) or next(_sizes(batch), None)
+    if size is None and callable(getattr(batch, "to_dict", None)):  # a single graph does not say that it is one of many
+        try:
+            size = next(_sizes(batch.to_dict()), None)
+        except Exception:  # the user's types
+            logger.debug("%s.to_dict() failed", type(batch).__name__, exc_info=True)
+    if size is None:
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension, "
+            "so its samples cannot be counted; let the loader yield tensors whose first dimension is the batch, "
+            "or an object with a number batch_size"
+        )
+    return size
+
+
+def _said_size(part: Any) -> int | None:
+    """What an object of the user's says about the number of its samples, None if it says nothing."""
+    if isinstance(part, Tensor):
+        return None
+    for name in SIZES:
+        try:
+            size = getattr(part, name, None)
+        except Exception:  # the user's property
+            continue
+        if isinstance(size, Tensor) and size.dim() == 0 and not size.is_floating_point():
+            size = int(size)
+        if isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0:
+            return int(size)
+    return None
+
+
+def _sizes(batch: Any) -> Iterator[int]:
+    """What the parts of a nested batch tell about the number of samples, in their order."""
+    size = _said_size(batch)
+    if size is not None:
+        yield size
+    elif isinstance(batch, Tensor):
+        if batch.dim() > 0:
+            yield int(batch.shape[0])
+    else:
+        for part in _members(batch):
+            yield from _sizes(part)
+
+
+def _listed_samples(batch: Any) -> int | None:
+    """The common length of at least two lists that a batch consists of, None if they are not about samples.
+
+    They are if each holds tensors of one rank, or dictionaries, or other values, and if either there are such others or
+    tensors of a list differ in their first dimension. Lists of inputs that all have a row for every sample do not.
+    """
+    lists = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(lists, (list, tuple)) or len(lists) < 2 or not all(isinstance(x, (list, tuple)) for x in lists):
+        return None
+    if len({len(x) for x in lists}) > 1 or not lists[0]:
+        return None
+    told = False
+    for entries in lists:
+        shapes = {item.shape for item in entries if isinstance(item, Tensor)}
+        if not shapes:
+            told = told or not any(isinstance(item, (list, tuple)) for item in entries)
+        elif all(isinstance(item, Tensor) for item in entries) and len({len(shape) for shape in shapes}) == 1:
+            told = told or len({shape[:1] for shape in shapes}) > 1
+        else:
+            return None
+    return len(lists[0]) if told else None
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A copy of a nested batch on a device, which a step may change without harm to those that get the batch later.
+
+    Containers and tensors are copied also where they are on the device already: a list of batches is run through dozens
+    of times, and the passes of several models share a batch. Beside the pass itself a copy costs next to nothing.
+    Values of other types pass unchanged, except that what has a method ``to`` is copied and moved by it.
+    """
+    return _moved(batch, device, {})
+
+
+def own_copy(batch: Any) -> Any:
+    """A deep copy for somebody who may change it; the batch itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # the user's types; tensors inside a graph
+        return batch
+
+
+def _moved(batch: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
+    """Like :func:`to_device`; a tensor that is ``known`` by its id stays one tensor, such as an input as target."""
+    if isinstance(batch, Tensor):
+        if id(batch) not in known:
+            own = batch.detach().to(device, copy=True)
+            known[id(batch)] = own.requires_grad_() if batch.requires_grad else own
+        return known[id(batch)]
+    if isinstance(batch, (dict, UserDict)):
+        return _filled(batch, {key: _moved(value, device, known) for key, value in batch.items()})
+    if hasattr(batch, "to") and not isinstance(batch, nn.Module):
+        return own_copy(batch).to(device)
+    if isinstance(batch, Mapping):
+        return _filled(batch, {key: _moved(value, device, known) for key, value in batch.items()})
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_moved(value, device, known) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_moved(value, device, known) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        moved = copy.copy(batch)
+        for item in dataclasses.fields(batch):
+            # the way around __init__ and frozen
+            object.__setattr__(moved, item.name, _moved(getattr(batch, item.name), device, known))
+        return moved
+    return own_copy(batch)
+
+
+def _filled(mapping: Any, values: dict[Any, Any]) -> Any:
+    """A copy of a mapping with other values; a plain dictionary if its type allows neither that nor making one."""
+    try:
+        filled = copy.copy(mapping)
+        for key, value in values.items():
+            filled[key] = value
+        return filled
+    except Exception:  # the user's types
+        logger.debug("A %s cannot be copied", type(mapping).__name__, exc_info=True)
+    try:
+        return type(mapping)(values)
+    except Exception:
+        return values
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors of a nested batch, in the order in which they stand there; the user's own objects are not opened."""
+    if isinstance(batch, Tensor):
+        yield batch
+    else:
+        for part in _members(batch):
+            yield from tensors(part)
+
+
+def _members(batch: Any) -> Iterator[Any]:
+    """What a container holds, nothing for other values."""
+    if isinstance(batch, Mapping):
+        yield from batch.values()
+    elif isinstance(batch, (list, tuple)):
+        yield from batch
+    elif dataclasses.is_dataclass(batch):
+        for item in dataclasses.fields(batch):
+            yield getattr(batch, item.name)
