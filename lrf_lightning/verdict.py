@@ -86,23 +86,30 @@ def _size(result: Solution) -> str:
 def _changes(result: Solution, certificate: Certificate) -> str:
     """The change of loss and score, each with the bound that matters and its margin."""
     percent = f"{100 * certificate.confidence:g} %"
-    places = decimals(certificate.loss_margin)
-    loss = certificate.loss_change
+    loss, bound, margin = certificate.loss_change, _loss_bound(certificate), certificate.loss_margin
+    places = _telling_places(bound, 0.0 if certificate.verdict == "better" else margin, decimals(margin))
     text = (
         f"its loss changed by {signed(loss.mean, places)} "
-        f"({percent} bound {signed(_loss_bound(certificate), places)}, margin {certificate.loss_margin:.{places}f})"
+        f"({percent} bound {signed(bound, places)}, margin {margin:.{places}f})"
     )
     score = certificate.score_change
     if score is None:
         return text
     # differences of 0 and 1 per sample are shares of samples, so that points are their natural unit
     factor, unit = (100.0, " points") if score.method == "tango" else (1.0, "")
-    places = decimals(factor * certificate.score_margin)
+    bound, margin = factor * _score_bound(certificate, score), factor * certificate.score_margin
+    places = _telling_places(bound, -margin, decimals(margin))
     return (
         f"{text} and its {score_name(result)} by {signed(factor * score.mean, places)}{unit} "
-        f"(bound {signed(factor * _score_bound(certificate, score), places)}, "
-        f"margin {factor * certificate.score_margin:.{places}f})"
+        f"(bound {signed(bound, places)}, margin {margin:.{places}f})"
     )
+
+
+def _telling_places(bound: float, limit: float, places: int) -> int:
+    """At least ``places``, and as many more, up to 8, as show on which side of a limit a bound lies."""
+    if not math.isfinite(bound) or bound == limit:
+        return places
+    return next((more for more in range(places, 8) if round(bound, more) != round(limit, more)), 8)
 
 
 def _loss_bound(certificate: Certificate) -> float:

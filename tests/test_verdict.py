@@ -50,6 +50,17 @@ def test_worse_shows_the_bound_that_lies_outside_of_the_margin():
     assert "by -2.00 points (bound -1.30, margin 0.50)" in verdict_sentence(example("worse", score_change=score))
 
 
+def test_there_are_digits_enough_to_see_why():
+    loss = Interval(-0.0000395, 0.0000044, -0.000052, -0.0000228, 3, "mean")
+    assert "by -0.00004 (95 % bound -0.00002, margin 0.00500)" in verdict_sentence(example("better", loss_change=loss))
+    loss = Interval(0.0112, 0.0033, 0.005004, 0.0174, 270, "student")
+    assert "(95 % bound +0.005004, margin 0.005000)" in verdict_sentence(example("worse", loss_change=loss))
+    score = Interval(-0.001, 0.001, -0.00499, 0.003, 270, "tango")
+    assert "(bound -0.499, margin 0.500)" in verdict_sentence(example("not worse", score_change=score))
+    loss = Interval(math.nan, math.nan, math.nan, math.nan, 270, "student")
+    assert "by nan (95 % bound nan, margin 0.0050)" in verdict_sentence(example("worse", loss_change=loss))
+
+
 @pytest.mark.parametrize("verdict", ["better", "not worse", "worse", "inconclusive"])
 def test_no_sentence_calls_the_model_lossless(verdict):
     result = example(verdict)
