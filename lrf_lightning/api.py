@@ -16,7 +16,7 @@ from torch import nn
 from lrf_lightning import random_state
 from lrf_lightning.batches import fixed_order, overlaps
 from lrf_lightning.distributed import current_processes
-from lrf_lightning.loss_calls import ExplainedLoss
+from lrf_lightning.loss_explanation import ExplainedLoss
 from lrf_lightning.seeded_batches import SeededBatches, split_seed
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.joint import CalibrationStep, solve
@@ -109,7 +109,7 @@ def compress(
         loss: ``loss(model, batch)``, a Tensor of shape (batch,) with one loss per sample or () with the mean over the
             batch, or a :class:`~lrf_lightning.StepOutput` that also holds a score. It is called in evaluation mode. The
             tokens or pixels that a sample's loss is a mean over are found where it calls a common loss function of
-            torch (:class:`~lrf_lightning.loss_calls.ExplainedLoss`); otherwise give them as ``StepOutput.terms``.
+            torch (:class:`~lrf_lightning.loss_explanation.ExplainedLoss`); otherwise give them as ``StepOutput.terms``.
         calibration: batches for statistics, predictions and compensation, best held out from training. Like the other
             two, a DataLoader, whose order is drawn once; an iterator, which is read into memory; or any iterable that
             yields the same samples in the same order each time it is run through.

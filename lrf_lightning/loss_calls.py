@@ -1,8 +1,8 @@
 """Per-sample losses, accuracies and logits from the loss functions that a step calls.
 
-A Lightning step returns one number for a batch. While it runs, :class:`LossCalls` watches calls of ``cross_entropy``,
-``nll_loss``, ``binary_cross_entropy_with_logits`` and ``mse_loss`` in ``torch.nn.functional``, which the modules of
-``torch.nn`` end in as well. The same call without reduction then gives one loss per row, and rows belong to samples::
+A Lightning step returns one number for a batch. While it runs, :class:`LossCalls` watches calls of the common loss
+functions in ``torch.nn.functional``, which the modules of ``torch.nn`` end in as well. The same call without reduction
+then gives one loss per row, and rows belong to samples::
 
     (batch,)            one row per sample
     (batch, d1, ...)    mean over a sample's rows
@@ -10,40 +10,47 @@ A Lightning step returns one number for a batch. While it runs, :class:`LossCall
     (t * batch,)        the same time-major, where the batch shows that the targets lie like that
 
 Where some targets are ignored (padding, the last token of a text), the batch's mean is taken over the others, so a
-sample counts by its number of them: its loss is the sum over its rows, divided by the mean number per sample.
+sample counts by its number of them: its loss is the sum over its rows, divided by the mean number per sample. The same
+holds for weights of classes, with the sum of the weights instead of the number.
 
-Whether these are the loss is found by comparison: :func:`explanation` compares their mean with what the step returned,
-which fails, as it should, for class weights and losses that are a sum of several ones.
+Losses that compare the samples of a batch with each other have none per sample: their pairs are batches.
 
-:class:`ExplainedLoss` finds the terms of a user's own ``loss(model, batch)`` in the same way.
+Whether and how these are the loss is found out by :mod:`lrf_lightning.loss_explanation`.
 """
 
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
+from torch.nn import _reduction, functional
 from torch.overrides import TorchFunctionMode
 
-from lrf_lightning.solver.batch_contents import batch_size, tensors
-from lrf_lightning.solver.evaluation import LossFunction, StepOutput
 from lrf_lightning.solver.loss_terms import LossTerms
 
-__all__ = ["ExplainedLoss", "LossCall", "LossCalls", "explanation"]
+__all__ = ["LossCall", "LossCalls"]
 
 WATCHED: frozenset[Callable[..., Any]] = frozenset(
-    {functional.cross_entropy, functional.nll_loss, functional.binary_cross_entropy_with_logits, functional.mse_loss}
+    {
+        functional.cross_entropy,
+        functional.nll_loss,
+        functional.binary_cross_entropy_with_logits,
+        functional.binary_cross_entropy,
+        functional.mse_loss,
+        functional.l1_loss,
+        functional.smooth_l1_loss,
+        functional.huber_loss,
+    }
 )
 CLASSIFIERS: frozenset[Callable[..., Any]] = frozenset({functional.cross_entropy, functional.nll_loss})
+WEIGHTED: frozenset[Callable[..., Any]] = frozenset({functional.mse_loss, functional.l1_loss})  # mean over the weights
 MOST_CALLS = 4
+FEWEST_CONTRASTED = 8
 REDUCTION = frozenset({"reduction", "reduce", "size_average"})
 
 
@@ -57,6 +64,7 @@ class LossCall:
         target: its second argument.
         options: the other arguments by name, those on reduction left out.
         result: what it returned.
+        reduction: of its rows to the result.
         steps: length t of sequences whose rows are time-major; 0 if the rows of a sample lie together.
     """
 
@@ -65,6 +73,7 @@ class LossCall:
     target: Tensor
     options: Mapping[str, Any]
     result: Tensor
+    reduction: Literal["mean", "sum", "none"] = "mean"
     steps: int = 0
 
     def arranged(self, size: int, given: Iterable[Tensor]) -> LossCall:
@@ -97,14 +106,42 @@ class LossCall:
 
     def per_sample(self, size: int) -> Tensor | None:
         """Loss of every sample, shape (size,), differentiable, in float32 or wider; None if rows fit no sample."""
-        return self._by_sample(self._rows, size)
+        if self._compares_samples(size):
+            return None
+        return self._mean(self._rows, self._weights, size)
 
     def terms(self, size: int) -> LossTerms | None:
-        """What the rows of every sample add to its loss; None if there is one row per sample, or rows fit no sample."""
-        rows, valid = _rows_by_sample(self._rows, size, self.steps), self._valid
-        if rows is None or rows.shape[1] == 1:
+        """What the rows of every sample add to its loss; None if that is one row as it is, or rows fit no sample."""
+        rows, weights = self._by_sample(self._rows, size), self._weights
+        if rows is None or (weights is None and rows.shape[1] == 1):
             return None
-        return LossTerms.of(rows, None if valid is None else _rows_by_sample(valid, size, self.steps))
+        if weights is None:
+            return LossTerms.of(rows)
+        if weights.dtype != torch.bool:
+            parts = self.weighted(size, self.share * size)
+            return None if parts is None else LossTerms.weighted(*parts)
+        return None if rows.shape[1] == 1 else LossTerms.of(rows, self._by_sample(weights, size))
+
+    def weighted(self, size: int, factor: Tensor | float) -> tuple[Tensor, Tensor] | None:
+        """All rows times a factor, and what they weigh in it, both of shape (size, t); None if they fit no sample.
+
+        Args:
+            size: samples in the batch.
+            factor: one for all rows, or of their shape; rows do not count where it is 0, whatever they are.
+        """
+        if self._compares_samples(size):
+            return None
+        factor = torch.as_tensor(factor, device=self._rows.device).detach().to(self._rows).expand_as(self._rows)
+        rows = self._by_sample((self._rows * factor).masked_fill(factor == 0, 0.0), size)
+        weights = self._by_sample(factor if self._weights is None else factor * self._weights, size)
+        return None if rows is None or weights is None else (rows, weights)
+
+    @property
+    def share(self) -> Tensor | float:
+        """What the rows' sum is multiplied by to give the result."""
+        if self.reduction != "mean":
+            return 1.0
+        return 1 / (self._rows.numel() if self._weights is None else self._weights.sum())
 
     def correct(self, size: int) -> Tensor | None:
         """Share of rows whose largest logit is the target's.
@@ -119,7 +156,7 @@ class LossCall:
         valid = self._valid
         if valid is not None and not bool(valid.any()):
             return None
-        per_sample = self._by_sample(hits if valid is None else hits * valid, size)
+        per_sample = self._mean(hits if valid is None else hits * valid, valid, size)
         if per_sample is not None:
             return per_sample
         return hits.mean() if valid is None else hits[valid].mean()
@@ -152,24 +189,79 @@ class LossCall:
         valid = self.target != self.options.get("ignore_index", -100)
         return None if bool(valid.all()) else valid
 
-    def _by_sample(self, rows: Tensor, size: int) -> Tensor | None:
-        """Values of rows, zero at ignored ones, as values of shape (size,) whose mean is that over the valid rows."""
-        valid, by_sample = self._valid, _rows_by_sample(rows, size, self.steps)
+    def _compares_samples(self, size: int) -> bool:
+        """Whether the classes are the samples of the batch, as in contrastive losses.
+
+        What a sample changes in the losses of the others would be missing in intervals over samples. Few samples may
+        have such targets by chance.
+        """
+        rows = self.target.numel()
+        if size < FEWEST_CONTRASTED or not self._has_classes or self.input.dim() != 2 or rows % size:
+            return False
+        classes = self.input.shape[1]
+        numbered = classes >= size and bool((self.target.reshape(-1, size).diff(dim=1) == 1).all())
+        positive_first = rows == classes + 1 and not bool(self.target.any())
+        return numbered or positive_first
+
+    @cached_property
+    def _weights(self) -> Tensor | None:
+        """What every row counts in the mean, of the rows' shape, bool if that is all or nothing; None if all are alike.
+
+        The rows hold them already.
+        """
+        weight, valid = self.options.get("weight"), self._valid
+        if weight is None or self.function not in {*CLASSIFIERS, *WEIGHTED}:
+            return valid
+        if self.function in WEIGHTED:
+            return torch.as_tensor(weight, device=self._rows.device)
+        if not self._has_classes:
+            return None
+        weights: Tensor = _widened(weight)[self.target if valid is None else self.target.where(valid, 0)]
+        return weights if valid is None else weights * valid
+
+    def _mean(self, rows: Tensor, weights: Tensor | None, size: int) -> Tensor | None:
+        """Values of rows, weighted already, as values of shape (size,) whose mean is the weighted one over all rows."""
+        by_sample = self._by_sample(rows, size)
         if by_sample is None:
             return None
         means = by_sample.mean(1)
-        return means if valid is None else means * (valid.numel() / valid.sum())
+        return means if weights is None else means * (weights.numel() / weights.sum())
+
+    def _by_sample(self, rows: Tensor, size: int) -> Tensor | None:
+        """Rows of shape (batch * t, ...), or time-major, as (batch, t * ...); None if they fit no sample."""
+        if self.steps:
+            return rows.reshape(self.steps, size, -1).transpose(0, 1).reshape(size, -1)
+        if rows.dim() == 0 or size < 1 or rows.shape[0] == 0 or rows.shape[0] % size:
+            return None
+        return rows.reshape(size, -1)
 
 
 class LossCalls(TorchFunctionMode):
     """Context manager that notes the last calls of watched loss functions in :attr:`calls`.
 
     Of many calls, as of a loss that is computed in parts to save memory, the others are let go with their logits.
+
+    Args:
+        traced: whether it can be asked for how a loss depends on the results, by their gradients, even where none are
+            recorded: they are from the first call on. What the caller gets is a copy of the noted result then, since it
+            may be added to in place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, traced: bool = False) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
+        self.traced = traced
+
+    def __enter__(self) -> LossCalls:
+        """Begin to watch."""
+        self._recording = torch.is_grad_enabled()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End it, and record gradients only if that was so before."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_grad_enabled(self._recording)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -177,119 +269,34 @@ class LossCalls(TorchFunctionMode):
         """Run the function as it is and note it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in WATCHED:
-            arguments = inspect.signature(func).bind(*args, **kwargs).arguments
-            options = {name: value for name, value in arguments.items() if name not in REDUCTION}
-            first, second = options.pop("input"), options.pop("target")
-            self.calls.append(LossCall(func, first, second, options, result))
-            del self.calls[:-MOST_CALLS]
-        return result
+        if func not in WATCHED:
+            return result
+        if self.traced:
+            result = self._start(result)
+        arguments = inspect.signature(func).bind(*args, **kwargs).arguments
+        options = {name: value for name, value in arguments.items() if name not in REDUCTION}
+        first, second = options.pop("input"), options.pop("target")
+        self.calls.append(LossCall(func, first, second, options, result, _reduction_of(arguments)))
+        del self.calls[:-MOST_CALLS]
+        return result.clone() if self.traced else result
 
-
-class ExplainedLoss:
-    """A user's loss, with the terms that it is a mean of where a call of a watched loss function shows them.
-
-    Loss and score are what the user's function returns, so that nothing else depends on what is found here. Watching
-    takes time with every operation of the model: it ends if the first batch shows no terms.
-
-    Args:
-        loss: see :data:`~lrf_lightning.solver.evaluation.LossFunction`.
-    """
-
-    def __init__(self, loss: LossFunction) -> None:
-        self.loss = loss
-        self._plain, self._found = _is_compiled(loss), False
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor | StepOutput:
-        """The loss of one batch."""
-        if self._plain or any(_is_compiled(module) for module in model.modules()):
-            return self.loss(model, batch)
-        size, given = batch_size(batch), list(tensors(batch))  # first, since the loss may take its batch to pieces
+    def _start(self, result: Tensor) -> Tensor:
+        """A result that gradients can be asked for, if there are none so far."""
+        if self._recording or result.requires_grad or torch.is_inference_mode_enabled():
+            return result
         try:
-            with LossCalls() as watch:
-                output = self.loss(model, batch)
-        except Exception as error:
-            if not _was_compiling(error):
-                raise
-            self._plain = True  # code that is compiled further down may not bear being watched
-            return self.loss(model, batch)
-        plain = output if isinstance(output, StepOutput) else StepOutput(output)
-        if isinstance(plain.loss, Tensor) and plain.terms is None:
-            calls = [call.arranged(size, given) for call in watch.calls]
-            found = explanation(calls, plain.loss, size, widened=True)
-            terms = None if found is None or not torch.isfinite(plain.loss).all() else found[0].terms(size)
-            if terms is not None:
-                self._found = True
-                return replace(plain, terms=terms)
-        self._plain = not self._found
-        return output
+            start = result.detach().requires_grad_()
+        except RuntimeError:  # inside of a function transform
+            return result
+        torch.set_grad_enabled(True)
+        return start
 
 
-def explanation(
-    calls: Iterable[LossCall], loss: Tensor, size: int, *, widened: bool = False
-) -> tuple[LossCall, Tensor] | None:
-    """The first watched call that a loss comes from, and its losses per sample; None if there is none.
-
-    A loss that is not finite comes from a call that is not finite either, so that as many figures are given of it as of
-    others.
-
-    Args:
-        calls: watched calls.
-        loss: shape (batch,), or () for the mean.
-        size: samples in the batch.
-        widened: whether the loss may be no more exact than the call's result, in spite of its dtype.
-    """
-    for call in calls:
-        # the same value may be computed from detached logits, for a log
-        if loss.requires_grad and not call.input.requires_grad:
-            continue
-        try:
-            losses = call.per_sample(size)
-        except Exception:  # what was called in a function transform or a compiled region cannot be called again
-            continue
-        if losses is None or loss.shape not in ((), losses.shape):
-            continue
-        broken = loss.dim() == 0 and not torch.isfinite(loss) and not torch.isfinite(losses).all()
-        eps = max(torch.finfo(value.dtype).eps for value in ((loss, call.result) if widened else (loss,)))
-        if broken or _agrees(losses, loss, eps):
-            return call, losses
-    return None
-
-
-def _was_compiling(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return any("torch/_dynamo" in Path(frame.filename).as_posix() for frame in frames)
-
-
-def _is_compiled(code: Any) -> bool:
-    return (
-        getattr(code, "_compiled_call_impl", None) is not None
-        or hasattr(code, "_orig_mod")
-        or hasattr(code, "_torchdynamo_orig_callable")
-    )
-
-
-def _agrees(per_sample: Tensor, loss: Tensor, eps: float) -> bool:
-    """Whether per-sample losses, or their mean, are the loss within 1e-4 or a few roundings; never if it is infinite.
-
-    Args:
-        per_sample: shape (batch,).
-        loss: shape (batch,) or ().
-        eps: relative rounding of what the loss was computed in.
-    """
-    found, wanted = per_sample.detach().double(), loss.detach().double()
-    found = found if loss.dim() == 1 else found.mean()
-    close = torch.allclose(found, wanted, rtol=max(1e-4, 4 * eps), atol=1e-9)
-    return close and bool(torch.isfinite(wanted).all())
-
-
-def _rows_by_sample(rows: Tensor, size: int, steps: int) -> Tensor | None:
-    """Rows of shape (batch * t, ...), or time-major with ``steps`` of them, as (batch, t * ...)."""
-    if steps:
-        return rows.reshape(steps, size, -1).transpose(0, 1).reshape(size, -1)
-    if rows.dim() == 0 or size < 1 or rows.shape[0] == 0 or rows.shape[0] % size:
-        return None
-    return rows.reshape(size, -1)
+def _reduction_of(arguments: Mapping[str, Any]) -> Any:
+    average, reduce = arguments.get("size_average"), arguments.get("reduce")
+    if average is not None or reduce is not None:
+        return _reduction.legacy_get_string(average, reduce, emit_warning=False)
+    return arguments.get("reduction", "mean")
 
 
 def _widened(value: Any) -> Any:

@@ -13,8 +13,9 @@ finds:
 5. the result of the one loss function of ``torch.nn.functional`` that ``validation_step`` calls;
 6. what ``training_step`` returns, unless the module optimises manually.
 
-Where the loss is the mean of one watched loss function (see :mod:`lrf_lightning.loss_calls`), the loss is given per
-sample, with the accuracy as score and the logits of a classifier. Otherwise it stays one number per batch. Compiled
+Where the loss is the mean of one watched loss function, or a weighted sum of several (see
+:mod:`lrf_lightning.loss_explanation`), the loss is given per sample, with the accuracy as score where one of them shows
+it and the logits of a classifier. Otherwise it stays one number per batch. Compiled
 submodules may be called by a step; a step that is compiled as a whole hides its calls and gives the number per batch.
 
 The score can also be a value that the module logs, by name. A logged metric object is reset before every batch and
@@ -42,7 +43,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
-from lrf_lightning.loss_calls import explanation
+from lrf_lightning.loss_calls import LossCall
+from lrf_lightning.loss_explanation import combination, explanation
 from lrf_lightning.random_state import preserved
 from lrf_lightning.solver.batch_contents import batch_size, own_copy, tensors
 from lrf_lightning.solver.evaluation import StepOutput, evaluation_mode
@@ -59,10 +61,17 @@ LOSS_NAME = re.compile(r"((val|valid|validation|dev|eval)[/_.-])?loss", re.IGNOR
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the loss is found: a step, and ``returned``, ``call`` or the name of a logged value."""
+    """Where the loss is found.
+
+    Attributes:
+        step: name of the method.
+        place: ``returned``, ``call`` or the name of a logged value.
+        combined: whether it is a sum of watched calls, so that they have to be traced.
+    """
 
     step: str
     place: str
+    combined: bool = False
 
 
 class StepLoss:
@@ -134,9 +143,9 @@ class StepLoss:
                     self._source = _decide(module, batch)
                 logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
             size, given = batch_size(batch), list(tensors(batch))  # first, since a step may take its batch to pieces
-            record = self._record(module, self._source.step, batch)
+            record = self._record(module, self._source.step, batch, traced=self._source.combined)
             self._compare_sizes(record, size)
-            output = _output(record, _required_loss(record, self._source), size, given)
+            output = _output(record, self._source, size, given)
             return output if self.score is None else _with_score(output, self._extra_score(module, kept, record))
 
     def _compare_sizes(self, record: StepRecord, size: int) -> None:
@@ -149,9 +158,10 @@ class StepLoss:
                 "tensor first that has a row for every sample, or yield an object with the number as batch_size"
             )
 
-    def _record(self, module: LightningModule, step: str, batch: Any) -> StepRecord:
+    def _record(self, module: LightningModule, step: str, batch: Any, *, traced: bool = False) -> StepRecord:
         name = self.score if isinstance(self.score, str) else None
-        return run_step(module, step, batch, compute=None if name is None else partial(_logged_name, name))
+        compute = None if name is None else partial(_logged_name, name)
+        return run_step(module, step, batch, compute=compute, traced=traced)
 
     def _extra_score(self, module: LightningModule, batch: Any, record: StepRecord | None) -> Tensor:
         """The score that was asked for; a named one may have to be fetched from the other step."""
@@ -202,7 +212,8 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
             continue
         try:
             with _grad_everywhere(module):
-                record = run_step(module, step, own_copy(batch))
+                size, given = batch_size(batch), list(tensors(batch))
+                record = run_step(module, step, own_copy(batch), traced=True)
         except Exception as error:  # a step may depend on state that only training has: the other one is tried
             logger.debug("%s failed outside of a fit", step, exc_info=True)
             problems.append(f"{step} raised {type(error).__name__}: {error}")
@@ -213,7 +224,7 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
             if loss is not None and loss.requires_grad:
                 if problems and is_overridden("validation_step", module):
                     rank_zero_warn(f"The loss is taken from {step} ({place}), since {'; '.join(problems)}")
-                return _Source(step, place)
+                return _Source(step, place, combined=_is_combined(record, loss, size, given))
         problems.append(f"{step} returned {_described(record.returned)}{_ambiguous(step, record)}")
     raise ValueError(
         f"no step of {type(module).__name__} gives a floating-point scalar loss that gradients flow through "
@@ -266,7 +277,8 @@ def _loss(record: StepRecord, source: _Source, vector: bool) -> Tensor | None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return None
     if value.numel() == 1 and value.dim() <= 1:
-        return value.reshape(())
+        with torch.enable_grad():  # it may have been traced
+            return value.reshape(())
     return value if vector and value.dim() == 1 else None
 
 
@@ -281,18 +293,34 @@ def _required_loss(record: StepRecord, source: _Source) -> Tensor:
     return loss
 
 
-def _output(record: StepRecord, loss: Tensor, size: int, given: list[Tensor]) -> StepOutput:
-    """The loss per sample where a watched call explains it, else as it is; accuracy and logits where they are known."""
+def _is_combined(record: StepRecord, loss: Tensor, size: int, given: list[Tensor]) -> bool:
     calls = [call.arranged(size, given) for call in record.calls]
+    single = loss.dim() != 0 or explanation(calls, loss, size) is not None
+    return not single and combination(calls, loss, size) is not None
+
+
+def _output(record: StepRecord, source: _Source, size: int, given: list[Tensor]) -> StepOutput:
+    """The loss per sample where watched calls explain it, else as it is; accuracy and logits where they are known."""
+    loss = _required_loss(record, source)
+    calls = [call.arranged(size, given) for call in record.calls]
+    finite = bool(torch.isfinite(loss).all())
+    if loss.dim() == 0 and source.combined:
+        summed = combination(calls, loss, size)
+        if summed is not None:
+            return StepOutput(summed.losses, _only_accuracy(summed.calls, size), terms=summed.terms if finite else None)
     found = explanation(calls, loss, size) if loss.dim() == 0 else None
     if found is not None:
         call, losses = found
         logits = call.logits(size)
         target = None if logits is None else call.target
-        terms = call.terms(size) if torch.isfinite(loss) else None
-        return StepOutput(losses, call.correct(size), logits, target, terms)
+        return StepOutput(losses, call.correct(size), logits, target, call.terms(size) if finite else None)
+    return StepOutput(loss, _only_accuracy(calls, size))
+
+
+def _only_accuracy(calls: Iterable[LossCall], size: int) -> Tensor | None:
+    """That of the one classification among the calls."""
     scores = [score for call in calls if (score := call.correct(size)) is not None]
-    return StepOutput(loss, scores[0] if len(scores) == 1 else None)
+    return scores[0] if len(scores) == 1 else None
 
 
 def _with_score(output: StepOutput, score: Tensor) -> StepOutput:

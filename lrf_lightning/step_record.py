@@ -47,7 +47,12 @@ class StepRecord:
 
 
 def run_step(
-    module: LightningModule, step: str, batch: Any, *, compute: Callable[[Mapping[str, Any]], str | None] | None = None
+    module: LightningModule,
+    step: str,
+    batch: Any,
+    *,
+    compute: Callable[[Mapping[str, Any]], str | None] | None = None,
+    traced: bool = False,
 ) -> StepRecord:
     """Call a step with one batch.
 
@@ -56,12 +61,13 @@ def run_step(
         step: name of the method, such as ``"validation_step"``.
         batch: passed on as it is, with the indices where the step asks for them.
         compute: picks the name of a logged metric object whose value is wanted.
+        traced: see :class:`~lrf_lightning.loss_calls.LossCalls`.
     """
     logged: dict[str, Any] = {}
     sizes: list[int] = []
     method = getattr(module, step)  # looked up first: a compiled step is an attribute of the instance
     metrics = _kept_in_containers(module)
-    with _undone([*module.modules(), *metrics]), LossCalls() as watch:
+    with _undone([*module.modules(), *metrics]), LossCalls(traced=traced) as watch:
         _shadow_log(module, logged, sizes)
         _shadow_optimizers(module)
         for metric in [*(m for m in module.modules() if isinstance(m, Metric)), *metrics]:

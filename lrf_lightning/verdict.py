@@ -99,9 +99,12 @@ def _changes(result: Solution, certificate: Certificate) -> str:
     factor, unit = (100.0, " points") if score.method == "tango" else (1.0, "")
     bound, margin = factor * _score_bound(certificate, score), factor * certificate.score_margin
     places = _telling_places(bound, -margin, decimals(margin))
+    pairs = "" if score.pairs == loss.pairs else f"; compared in {score.pairs:,} batches"
+    if pairs and score.pairs == certificate.dense.samples:
+        pairs = "; compared sample by sample"
     return (
         f"{text} and its {score_name(result)} by {signed(factor * score.mean, places)}{unit} "
-        f"(bound {signed(bound, places)}, margin {margin:.{places}f})"
+        f"(bound {signed(bound, places)}, margin {margin:.{places}f}{pairs})"
     )
 
 

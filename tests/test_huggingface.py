@@ -11,7 +11,7 @@ from torch import nn
 
 from lrf_lightning import CheckpointError, StepOutput, compress, restore_dense
 from lrf_lightning.huggingface import from_pretrained, save_pretrained
-from lrf_lightning.loss_calls import ExplainedLoss
+from lrf_lightning.loss_explanation import ExplainedLoss
 from lrf_lightning.step_loss import StepLoss
 
 transformers = pytest.importorskip("transformers")

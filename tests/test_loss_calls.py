@@ -1,12 +1,10 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from lrf_lightning import LossTerms, StepOutput
-from lrf_lightning.loss_calls import ExplainedLoss, LossCalls, explanation
+from lrf_lightning.loss_calls import LossCalls
+from lrf_lightning.loss_explanation import ExplainedLoss, explanation
 
 
 def watched(function):
@@ -188,52 +186,44 @@ class TestRows:
         assert explanation([call], result, 6)
 
 
+class TestContrastiveLosses:
+    """Classes that are the samples of the batch; the loss of a sample depends on the others."""
+
+    @pytest.mark.parametrize("views", [1, 2])
+    @pytest.mark.parametrize("offset", [0, 8], ids=["first process", "second process"])
+    def test_numbered_samples(self, views, offset):
+        target = (torch.arange(8) + offset).repeat(views)
+        result, call = single(lambda: functional.cross_entropy(torch.randn(8 * views, 16), target))
+        assert call.per_sample(8) is None
+        assert call.weighted(8, 1.0) is None
+        assert explanation([call], result, 8) is None
+        torch.testing.assert_close(call.correct(8).mean(), (call.input.argmax(1) == target).float().mean())
+
+    def test_the_positive_first(self):
+        _, call = single(lambda: functional.cross_entropy(torch.randn(16, 15), torch.zeros(16, dtype=torch.long)))
+        assert call.per_sample(8) is None
+
+    @pytest.mark.parametrize(
+        ("classes", "target"),
+        [
+            (1000, torch.zeros(8, dtype=torch.long)),
+            (10, torch.arange(8).flip(0)),
+            (8, torch.tensor([0, 1, 2, 3, 4, 5, 6, 6])),
+        ],
+        ids=["a sorted data set", "other targets", "classes as many as samples"],
+    )
+    def test_a_classification_is_none(self, classes, target):
+        _, call = single(lambda: functional.cross_entropy(torch.randn(8, classes), target))
+        assert call.per_sample(8).shape == (8,)
+
+    def test_few_samples_may_be_numbered_by_chance(self):
+        _, call = single(lambda: functional.cross_entropy(torch.randn(2, 10), torch.tensor([3, 4])))
+        assert call.per_sample(2).shape == (2,)
+
+
 def test_of_many_calls_the_last_ones_are_kept():
     _, calls = watched(lambda: [functional.cross_entropy(LOGITS[:i], TARGET[:i]) for i in range(1, 7)])
     assert [len(call.target) for call in calls] == [3, 4, 5, 6]
-
-
-class TestAgreement:
-    def test_other_reductions_do_not_agree(self):
-        weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
-        for loss in (
-            lambda: functional.cross_entropy(LOGITS, TARGET, weight=weight),
-            lambda: functional.cross_entropy(LOGITS, TARGET, reduction="sum"),
-        ):
-            result, call = single(loss)
-            assert explanation([call], result, 6) is None
-
-    @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-    def test_an_infinite_loss_comes_from_no_finite_call(self, value):
-        _, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))
-        assert explanation([call], torch.tensor(value), 6) is None
-        assert explanation([call], torch.full((6,), value), 6) is None
-
-    def test_tolerance(self):
-        result, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))
-        assert explanation([call], result * 1.00005, 6)
-        assert explanation([call], result * 1.0005, 6) is None
-        assert explanation([call], (result * 1.005).bfloat16(), 6), "so coarse is its own rounding"
-
-    def test_a_term_beside_a_coarse_loss_is_not_overlooked(self):
-        """A penalty that is smaller than the rounding of the cross-entropy in half precision."""
-        result, call = single(lambda: functional.cross_entropy(LOGITS.bfloat16(), TARGET))
-        loss = result.float() * 1.008
-        assert explanation([call], loss, 6) is None
-        assert explanation([call], loss, 6, widened=True)
-
-    def test_the_first_call_that_fits_is_taken(self):
-        _, other = single(lambda: functional.cross_entropy(-LOGITS, TARGET))
-        result, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))
-        assert explanation([other, call], result, 6)[0] is call
-
-    def test_a_call_that_cannot_be_made_again_explains_nothing(self):
-        result, call = single(lambda: functional.cross_entropy(LOGITS, TARGET))
-
-        def refuse(*args, **options):
-            raise RuntimeError("outside of its transform")
-
-        assert explanation([replace(call, function=refuse)], result, 6) is None
 
 
 class TestScores:
@@ -273,128 +263,10 @@ class TestScores:
 
 def test_all_calls_are_noted_in_order_and_others_are_not():
     def step():
-        functional.l1_loss(LOGITS, LOGITS)
+        functional.kl_div(LOGITS, LOGITS)
         return functional.mse_loss(LOGITS, LOGITS + 1) + functional.cross_entropy(LOGITS, TARGET)
 
     _, calls = watched(step)
     assert [call.function for call in calls] == [functional.mse_loss, functional.cross_entropy]
     functional.mse_loss(LOGITS, LOGITS)
     assert len(calls) == 2, "nothing is watched afterwards"
-
-
-class TestExplainedLoss:
-    """What a user's own loss is a mean of."""
-
-    LOGITS = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
-    TOKENS = torch.tensor([[0, 1, 3, 1, 0], [1, 3, 0, 0, 3], [3, 0, 0, 1, 1]])
-
-    def rows(self):
-        return functional.cross_entropy(self.LOGITS.transpose(1, 2), self.TOKENS, reduction="none")
-
-    def test_a_mean_over_all_tokens(self):
-        output = ExplainedLoss(
-            lambda model, batch: functional.cross_entropy(batch[0].flatten(0, 1), batch[1].flatten())
-        )(nn.Identity(), (self.LOGITS, self.TOKENS))
-        assert output.loss.shape == (), "pairs of the comparison stay what they are"
-        torch.testing.assert_close(output.terms.values, self.rows() / 5)
-        assert output.terms.count == 5
-        assert output.score is None
-
-    def test_a_loss_per_sample_with_a_score(self):
-        given = StepOutput(self.rows().mean(1), torch.ones(3))
-        output = ExplainedLoss(lambda model, batch: (self.rows(), given)[1])(nn.Identity(), self.TOKENS)
-        assert output.loss is given.loss
-        assert output.score is given.score
-        torch.testing.assert_close(output.terms.per_sample, given.loss)
-
-    def test_a_copy_for_a_log_is_not_the_loss(self):
-        logits = self.LOGITS.clone().requires_grad_()
-
-        def loss(model, batch):
-            flat = logits.flatten(0, 1)
-            functional.cross_entropy(flat.detach(), batch.flatten())
-            return functional.cross_entropy(flat, batch.flatten())
-
-        assert ExplainedLoss(loss)(nn.Identity(), self.TOKENS).terms.values.requires_grad
-
-    def test_bfloat16_that_is_widened_afterwards(self):
-        logits = self.LOGITS.bfloat16()
-        for seed in range(20):
-            tokens = torch.randint(4, (3, 5), generator=torch.Generator().manual_seed(seed))
-            explained = ExplainedLoss(lambda m, b: functional.cross_entropy(logits.flatten(0, 1), b.flatten()).float())
-            assert explained(nn.Identity(), tokens).terms is not None
-
-    def test_a_loss_that_is_not_finite_does_not_end_the_watch(self):
-        scale = torch.ones(())
-        explained = ExplainedLoss(lambda m, b: functional.cross_entropy(scale * self.LOGITS.transpose(1, 2), b))
-        assert explained(nn.Identity(), self.TOKENS).terms is not None
-        scale.fill_(torch.nan)
-        assert isinstance(explained(nn.Identity(), self.TOKENS), torch.Tensor)
-        scale.fill_(1.0)
-        assert explained(nn.Identity(), self.TOKENS).terms is not None
-
-    def test_a_function_transform_is_left_alone(self):
-        def loss(model, batch):
-            return torch.func.vmap(functional.cross_entropy)(self.LOGITS, batch)
-
-        torch.testing.assert_close(ExplainedLoss(loss)(nn.Identity(), self.TOKENS), self.rows().mean(1))
-
-    def test_a_loss_that_fails_is_not_tried_again(self):
-        calls = []
-
-        def loss(model, batch):
-            calls.append(batch)
-            raise ArithmeticError
-
-        with pytest.raises(ArithmeticError):
-            ExplainedLoss(loss)(nn.Identity(), self.TOKENS)
-        assert len(calls) == 1
-
-    def test_compiled_code_further_down_that_fails_is_called_without_a_watch(self):
-        def backend(graph, inputs):
-            if torch.overrides._get_current_function_mode_stack():
-                raise RuntimeError("watched")
-            return graph
-
-        inner = torch.compile(lambda x: x.sin().sum(), backend=backend)
-        explained = ExplainedLoss(lambda model, batch: inner(batch.float()))
-        torch.testing.assert_close(explained(nn.Identity(), self.TOKENS), self.TOKENS.float().sin().sum())
-
-    def test_compiled_models_and_losses_are_not_watched(self):
-        def loss(model, batch):
-            assert not torch.overrides._get_current_function_mode_stack()
-            return batch.sum()
-
-        compiled = nn.Linear(2, 2)
-        compiled.compile(backend="eager")
-        wrapped = torch.compile(nn.Linear(2, 2), backend="eager")
-        for model in (compiled, wrapped, nn.Sequential(wrapped)):
-            ExplainedLoss(loss)(model, self.TOKENS)
-        assert ExplainedLoss(torch.compile(loss, backend="eager"))._plain
-
-    def test_terms_that_were_given_are_kept(self):
-        terms = LossTerms.of(2 * self.rows())
-        given = StepOutput(terms.per_sample, terms=terms)
-        assert ExplainedLoss(lambda model, batch: given)(nn.Identity(), self.TOKENS) is given
-
-    @pytest.mark.parametrize(
-        "loss",
-        [
-            lambda model, batch: functional.cross_entropy(batch[0][:, 0], batch[1][:, 0], reduction="none"),
-            lambda model, batch: 3 * functional.cross_entropy(batch[0].transpose(1, 2), batch[1]),
-            lambda model, batch: batch[0].mean(),
-        ],
-        ids=["one term per sample", "another factor", "no watched function"],
-    )
-    def test_what_no_call_explains_is_watched_once(self, loss):
-        seen = []
-
-        def noted(model, batch):
-            seen.append(len(torch.overrides._get_current_function_mode_stack()))
-            return loss(model, batch)
-
-        explained = ExplainedLoss(noted)
-        batch = self.LOGITS, self.TOKENS
-        for _ in range(2):
-            torch.testing.assert_close(explained(nn.Identity(), batch), loss(None, batch))
-        assert seen == [1, 0]

@@ -116,15 +116,41 @@ class TestSources:
         assert output.logits is None
 
     @pytest.mark.parametrize("shape", [(), (1,)])
-    def test_gradients_of_a_loss_that_is_one_number(self, shape, batch):
-        """No watched call explains a weighted cross-entropy: the loss itself is what gradients start from."""
-
-        class Weighted(Classifier):
+    def test_sums_of_losses_are_told_per_sample(self, shape, batch):
+        class Two(Classifier):
             def loss(self, batch):
-                weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
-                return functional.cross_entropy(self.net(batch[0]), batch[1], weight=weight).reshape(shape)
+                x, y = batch
+                loss = functional.cross_entropy(self.net(x), y, weight=torch.tensor([1.0, 2.0, 3.0, 4.0])[:CLASSES])
+                loss += 0.1 * functional.l1_loss(self.net(x)[:, 0], x[:, 0])
+                with torch.no_grad():
+                    self.copy = functional.cross_entropy(self.net(x), y)
+                return loss.reshape(shape)
 
-        module = Weighted()
+        module, found = Two(), []
+        for grad in (True, False):
+            loss = StepLoss()
+            for _ in range(2):
+                with torch.set_grad_enabled(grad):
+                    found.append(loss(module, batch))
+                    assert torch.is_grad_enabled() == grad
+        for output in found:
+            assert output.loss.shape == output.score.shape == (8,)
+            torch.testing.assert_close(output.loss, found[0].loss)
+            torch.testing.assert_close(output.loss.mean(), module.loss(batch).reshape(()))
+            torch.testing.assert_close(output.terms.per_sample, output.loss)
+        gradients = [torch.autograd.grad(loss, list(module.parameters())) for loss in
+                     (found[0].loss.mean(), module.loss(batch).reshape(()))]  # fmt: skip
+        torch.testing.assert_close(*gradients)
+
+    @pytest.mark.parametrize("shape", [(), (1,)])
+    def test_gradients_of_a_loss_that_is_one_number(self, shape, batch):
+        """No watched call explains the square of a cross-entropy: the loss itself is what gradients start from."""
+
+        class Squared(Classifier):
+            def loss(self, batch):
+                return super().loss(batch).square().reshape(shape)
+
+        module = Squared()
         wanted = torch.autograd.grad(module.loss(batch).reshape(()), list(module.parameters()))
         for _ in range(2):
             found = torch.autograd.grad(StepLoss()(module, batch).loss, list(module.parameters()))

@@ -50,6 +50,16 @@ def test_worse_shows_the_bound_that_lies_outside_of_the_margin():
     assert "by -2.00 points (bound -1.30, margin 0.50)" in verdict_sentence(example("worse", score_change=score))
 
 
+def test_pairs_of_the_score_that_differ_from_those_of_the_loss_are_told():
+    score = Interval(0.0021, 0.001, 0.0004, 0.0038, 9, "mean")
+    sentence = verdict_sentence(example("not worse", score_change=score))
+    assert "(bound +0.0004, margin 0.0050; compared in 9 batches)" in sentence
+    loss = Interval(-0.0012, 0.0026, -0.0055, 0.0031, 9, "mean")
+    sentence = verdict_sentence(example("not worse", loss_change=loss))
+    assert "On 270 verification samples (compared in 9 batches) its loss" in sentence
+    assert "margin 0.50; compared sample by sample)" in sentence
+
+
 def test_there_are_digits_enough_to_see_why():
     loss = Interval(-0.0000395, 0.0000044, -0.000052, -0.0000228, 3, "mean")
     assert "by -0.00004 (95 % bound -0.00002, margin 0.00500)" in verdict_sentence(example("better", loss_change=loss))

@@ -52,7 +52,7 @@ def certify(
     loss_change = mean_interval(compressed.losses - dense.losses, dense.weights, settings.confidence)
     score_change = None
     if dense.scores is not None and compressed.scores is not None:
-        score_change = paired_interval(compressed.scores - dense.scores, dense.weights, settings.confidence)
+        score_change = paired_interval(compressed.scores - dense.scores, dense.weights_of_scores, settings.confidence)
     verdict = _verdict(loss_change, score_change, loss_margin, settings.score_margin, unchanged)
     needed = None
     if verdict == "inconclusive":
@@ -144,9 +144,11 @@ def _samples_needed(
         rises.append((_negated(score), settings.score_margin))
     harmful = [(rise, margin) for rise, margin in rises if rise.mean > margin]
     # one quantity beyond its margin settles the matter, otherwise all must be inside theirs
-    needed = [_pairs_needed(rise, margin, settings.confidence) for rise, margin in harmful or rises]
-    pairs = min(needed) if harmful else max(needed)
-    return math.ceil(pairs * samples / loss.pairs) if math.isfinite(pairs) else None
+    needed = [
+        _pairs_needed(rise, margin, settings.confidence) * samples / rise.pairs for rise, margin in harmful or rises
+    ]
+    found = min(needed) if harmful else max(needed)
+    return math.ceil(found) if math.isfinite(found) else None
 
 
 def _pairs_needed(rise: Interval, margin: float, confidence: float) -> float:

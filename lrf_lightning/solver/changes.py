@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ def changed_samples(before: Outcome, after: Outcome, *, most: int = MOST) -> lis
     """
     if not torch.equal(before.weights, torch.ones_like(before.weights)):
         return []
+    if before.score_weights is not None or after.score_weights is not None:
+        before, after = replace(before, scores=None), replace(after, scores=None)
     classes_before, classes_after = _classes(before), _classes(after)
     flipped = torch.zeros(len(before.losses), dtype=torch.bool)
     if before.scores is not None and after.scores is not None:

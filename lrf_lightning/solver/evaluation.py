@@ -68,6 +68,7 @@ class Outcome:
         logits: shape (rows, classes), None unless every batch gave them.
         target: shape (rows,).
         terms: number of terms per sample, 1 if they are not known.
+        score_weights: as ``weights`` for the scores; None if their pairs are those of the losses.
     """
 
     losses: Tensor
@@ -76,11 +77,17 @@ class Outcome:
     logits: Tensor | None = None
     target: Tensor | None = None
     terms: float = 1.0
+    score_weights: Tensor | None = None
+
+    @property
+    def weights_of_scores(self) -> Tensor:
+        """The number of samples behind every score."""
+        return self.weights if self.score_weights is None else self.score_weights
 
     def measurement(self) -> Measurement:
         """The weighted means."""
         total = self.weights.sum()
-        score = None if self.scores is None else float((self.scores * self.weights).sum() / total)
+        score = None if self.scores is None else float((self.scores * self.weights_of_scores).sum() / total)
         return Measurement(int(total), float((self.losses * self.weights).sum() / total), score)
 
 
@@ -176,31 +183,28 @@ def _to_cpu(output: StepOutput, keep_logits: bool) -> StepOutput:
 
 def _join(outputs: list[StepOutput], sizes: list[int]) -> Outcome:
     has_scores = all(output.score is not None for output in outputs)
-    losses = [output.loss for output in outputs]
-    scores = [output.score for output in outputs if output.score is not None] if has_scores else []
-    # the mean over one sample is that sample's figure
-    per_sample = all(values.dim() == 1 or size == 1 for values, size in zip(losses + scores, sizes * 2, strict=False))
-    if per_sample:
-        join, weights = _concatenated, torch.ones(sum(sizes), dtype=torch.float64)
-    else:
-        join, weights = _means, torch.tensor(sizes, dtype=torch.float64)
+    losses, weights = _pairs([output.loss for output in outputs], sizes)
+    scores, score_weights = None, None
+    if has_scores:
+        scores, score_weights = _pairs([output.score for output in outputs if output.score is not None], sizes)
     logits = [output.logits for output in outputs if output.logits is not None]
     target = [output.target for output in outputs if output.target is not None]
     # a contrastive loss has as many classes as the batch has samples
     complete = len(logits) == len(target) == len(outputs) and len({rows.shape[1:] for rows in logits}) == 1
     return Outcome(
-        join(losses),
+        losses,
         weights,
-        join(scores) if has_scores else None,
+        scores,
         torch.cat(logits) if complete else None,
         torch.cat(target) if complete else None,
         max((output.terms.mean_count for output in outputs if output.terms is not None), default=1.0),
+        None if score_weights is None or torch.equal(score_weights, weights) else score_weights,
     )
 
 
-def _concatenated(values: list[Tensor]) -> Tensor:
-    return torch.cat([value.reshape(-1) for value in values])
-
-
-def _means(values: list[Tensor]) -> Tensor:
-    return torch.stack([value.mean() for value in values])
+def _pairs(values: list[Tensor], sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """The values of all samples, or of all batches if some have only one for all of theirs, and their weights."""
+    # the mean over one sample is that sample's figure
+    if all(value.dim() == 1 or size == 1 for value, size in zip(values, sizes, strict=True)):
+        return torch.cat([value.reshape(-1) for value in values]), torch.ones(sum(sizes), dtype=torch.float64)
+    return torch.stack([value.mean() for value in values]), torch.tensor(sizes, dtype=torch.float64)

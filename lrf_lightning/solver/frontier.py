@@ -166,7 +166,7 @@ class Frontier:
             return False
         if outcome.scores is None or other.scores is None:
             return True
-        change, error = paired_change(outcome.scores, other.scores, outcome.weights)
+        change, error = paired_change(outcome.scores, other.scores, outcome.weights_of_scores)
         return change >= -self.work.settings.ties * error - 1e-12
 
     def build(self, ranks: Mapping[str, int]) -> nn.Module:
@@ -292,7 +292,7 @@ class Frontier:
         loss_error = paired_error(outcome.losses - self.dense.losses, outcome.weights)
         score_change, score_error = None, None
         if outcome.scores is not None and self.dense.scores is not None:
-            score_change, score_error = paired_change(outcome.scores, self.dense.scores, outcome.weights)
+            score_change, score_error = paired_change(outcome.scores, self.dense.scores, outcome.weights_of_scores)
         predictions = [(work.curves[name], rank - 1) for name, rank in ranks.items()]
         return FrontierPoint(
             keep=sum(work.cost(layer, ranks.get(name)) for name, layer in layers) / work.dense_cost,

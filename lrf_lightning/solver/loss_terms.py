@@ -16,7 +16,8 @@ class LossTerms:
 
     Attributes:
         values: shape (batch, t), differentiable; a row adds up to the sample's loss, and what does not count is 0.
-        count: number of terms that every sample's loss is a mean of, shape (batch,), or one number for all.
+        count: number of terms that every sample's loss is a mean of, shape (batch,), or one number for all; of shape
+            (batch, t) what every term is divided by in the sum, which is that number where it is a mean.
     """
 
     values: Tensor
@@ -50,6 +51,17 @@ class LossTerms:
         rows = rows.masked_fill(~mask, 0.0)
         return cls(rows / (count[:, None] if isinstance(count, Tensor) else count), count)
 
+    @classmethod
+    def weighted(cls, values: Tensor, weights: Tensor) -> LossTerms:
+        """Terms of a weighted sum.
+
+        Args:
+            values: shape (batch, t), the terms times their weights, differentiable.
+            weights: of the same shape; their signs do not matter.
+        """
+        inverse = weights.abs().reciprocal()
+        return cls(values, inverse.masked_fill(weights == 0, 0.0))
+
     @property
     def per_sample(self) -> Tensor:
         """The loss of every sample, shape (batch,)."""
@@ -58,7 +70,8 @@ class LossTerms:
     @property
     def mean_count(self) -> float:
         """The number of terms per sample."""
-        return float(torch.as_tensor(self.count, dtype=torch.float64).mean())
+        count = torch.as_tensor(self.count, dtype=torch.float64)
+        return float((count != 0).sum(1).double().mean() if count.dim() == 2 else count.mean())
 
     def scattered(self, generator: torch.Generator) -> Tensor:
         """The terms of every sample added up with random signs, times the root of their number, shape (batch,).
@@ -66,13 +79,17 @@ class LossTerms:
         A sample's loss is the mean over T negative log-likelihoods l_t. Its curvature along a direction is about the
         mean over t of the squared derivative of l_t, which is the mean of the squared derivative of what is returned
         here. The squared derivative of the sample's loss itself is up to T times smaller, because the gradients of its
-        terms, which hardly correlate, average out.
+        terms, which hardly correlate, average out. In a sum of terms with weights w_t the curvature is the sum of w_t
+        times the squared derivative of l_t, so w_t l_t is divided by the root of w_t.
 
         Args:
             generator: of the signs, on the CPU.
         """
         signs = torch.randint(2, self.values.shape, generator=generator).to(self.values) * 2 - 1
-        return (self.values * signs).sum(1) * torch.as_tensor(self.count, device=signs.device).to(signs).sqrt()
+        roots = torch.as_tensor(self.count, device=signs.device).to(signs).sqrt()
+        if roots.dim() == 2:
+            return (self.values * signs * roots).sum(1)
+        return (self.values * signs).sum(1) * roots
 
     def check(self, loss: Tensor, size: int) -> None:
         """Check that the terms add up to a loss.

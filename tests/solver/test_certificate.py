@@ -222,6 +222,22 @@ def test_few_samples_are_inconclusive():
     assert verdict(change[:1]).samples_needed is None
 
 
+def test_the_needed_samples_count_pairs_of_scores_as_what_they_are():
+    """Four hundred samples with a loss each, and scores of their forty batches."""
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    change, batches = 0.02 * (noise - noise.mean()), torch.full((40,), 10.0, dtype=torch.float64)
+    zeros = torch.zeros(400, dtype=torch.float64)
+    certificate = certify(
+        outcome(zeros + 1.0, zeros[:40], score_weights=batches),
+        outcome(zeros + 1.0, change, score_weights=batches),
+        Settings(score_margin=0.001),
+    )
+    assert certificate.verdict == "inconclusive"
+    assert (certificate.loss_change.pairs, certificate.score_change.pairs) == (400, 40)
+    width = certificate.score_change.mean - certificate.score_change.lower
+    assert certificate.samples_needed == pytest.approx(400 * (width / 0.001) ** 2, rel=0.01)
+
+
 @pytest.mark.parametrize("changed", [(0, 0), (4, 6), (2, 12)])
 def test_the_needed_samples_decide_the_verdict(changed):
     rng = np.random.default_rng(0)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 
 from lrf_lightning.solver.changes import changed_samples
@@ -44,3 +46,15 @@ def test_rows_that_are_no_samples_and_batches_give_no_classes_and_no_samples():
 def test_only_the_largest_changes_are_kept_and_nan_counts_as_large():
     before, after = outcome([0.0] * 5, scores=[1.0] * 5), outcome([1.0, 5.0, 2.0, float("nan"), 3.0], scores=[0.0] * 5)
     assert [change.sample for change in changed_samples(before, after, most=3)] == [3, 1, 4]
+
+
+def test_scores_of_batches_belong_to_no_sample():
+    weights = torch.tensor([3.0], dtype=torch.float64)
+    before, after = (
+        replace(
+            outcome([1.0] * 3, [0, 1, answer], target=[0, 1, 2]), scores=torch.tensor([score]), score_weights=weights
+        )
+        for answer, score in ((2, 1.0), (1, 0.5))
+    )
+    (change,) = changed_samples(before, after)
+    assert (change.sample, change.score_before, change.predicted_after) == (2, None, 1)

@@ -1,6 +1,7 @@
 """Losses and scores of every sample, and what happens with unusual loss functions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,17 +64,6 @@ def test_a_last_batch_of_one_sample_may_be_a_scalar():
     outcome = evaluate(classifier(), lambda m, b: per_sample(m, b).loss.squeeze(), batches(6, 6, 1), CPU)
     assert outcome.losses.shape == (13,)
     assert outcome.weights.tolist() == [1.0] * 13
-
-
-def test_vector_losses_with_scalar_scores_pair_by_batch():
-    def loss(model, batch):
-        output = per_sample(model, batch)
-        return StepOutput(output.loss, output.score.mean())
-
-    data, model = batches(6, 4), classifier()
-    outcome = evaluate(model, loss, data, CPU)
-    assert outcome.weights.tolist() == [6, 4]
-    assert outcome.measurement().loss == pytest.approx(truth(model, data)[0], rel=1e-5)
 
 
 def test_scores_that_some_batches_lack_are_dropped():
@@ -182,6 +172,24 @@ def test_measurement_is_the_weighted_mean():
     outcome = Outcome(torch.tensor([1.0, 4.0]).double(), torch.tensor([3.0, 1.0]).double())
     assert outcome.measurement().loss == pytest.approx(1.75)
     assert outcome.measurement().samples == 4
+
+
+@pytest.mark.parametrize("scalar", ["loss", "score"])
+def test_pairs_of_losses_and_scores_may_differ(scalar):
+    def loss(model, batch):
+        output = per_sample(model, batch)
+        return replace(output, **{scalar: getattr(output, scalar).mean()})
+
+    model, data = classifier(), batches(8, 5)
+    outcome, fine = evaluate(model, loss, data, CPU), evaluate(model, per_sample, data, CPU)
+    assert fine.score_weights is None
+    assert fine.weights_of_scores.tolist() == [1] * 13
+    both = {"loss": outcome.weights, "score": outcome.weights_of_scores}
+    assert both.pop(scalar).tolist() == [8, 5]
+    (other,) = both.values()
+    assert other.tolist() == [1] * 13
+    for figure in ("loss", "score", "samples"):
+        assert getattr(outcome.measurement(), figure) == pytest.approx(getattr(fine.measurement(), figure))
 
 
 def test_the_outcome_knows_how_many_terms_a_sample_has():
