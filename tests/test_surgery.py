@@ -112,6 +112,55 @@ class TestFindLayers:
         assert candidate.max_rank > 0
         assert reasons(model, conv_order="kernel_first") == {"layer": "no rank saves parameters (1 x 1 x 144)"}
 
+    def test_subclasses_that_only_begin_differently(self):
+        class Begun(nn.Linear):
+            """Other initial weights."""
+
+            def __init__(self, size: int) -> None:
+                super().__init__(size, size)
+
+            def reset_parameters(self) -> None:
+                nn.init.orthogonal_(self.weight)
+
+            @staticmethod
+            def stride() -> int:
+                return 1
+
+        class Scaled(Begun):
+            def __init__(self):
+                super().__init__(8)
+                self.scale = 2.0
+
+        class Parent(nn.Conv2d):
+            def size(self):
+                return self.weight.numel()
+
+        class Extra(nn.Linear):
+            def __init__(self):
+                super().__init__(8, 8)
+                self.register_buffer("offset", torch.zeros(8))
+
+        class Mixin:
+            def __call__(self, x):
+                return x
+
+        class Mixed(Mixin, nn.Embedding):
+            pass
+
+        torch.manual_seed(0)
+        model = nn.Sequential(Begun(8), Scaled(), Parent(4, 4, 3), Extra(), Mixed(9, 9))
+        assert names(model) == ["0"]
+        assert reasons(model)["1"] == "Scaled is not supported"
+        (candidate,), _ = find_layers(model)
+        weight = model[0].weight.detach()
+        left, values, right = torch.linalg.svd(candidate.matrices())
+        stand_in = candidate.stand_in((left * values[:, None])[..., :3], right[:, :3])
+        replace_module(model, "0", stand_in)
+        assert type(model[0]) is LowRankLinear
+        cut = (left[0, :, :3] * values[0, :3]) @ right[0, :3]
+        torch.testing.assert_close(model[0].to_dense().weight, cut)
+        assert (cut - weight).norm() > 1e-3
+
     def test_what_cannot_be_factorized_is_listed_with_the_reason(self):
         model = nn.ModuleDict(
             {
@@ -139,7 +188,8 @@ class TestFindLayers:
         model["low"] = LowRankLinear(8, 8, 2)
 
         class Custom(nn.Linear):
-            pass
+            def forward(self, x):
+                return super().forward(x).relu()
 
         model["custom"] = Custom(8, 8)
         found = reasons(model)
@@ -544,7 +594,8 @@ class TestStructure:
         assert_close(low(x), dense(x))
 
     def test_other_subclasses_of_the_same_name_are_told_apart(self):
-        model = nn.ModuleDict({"layer": type("Linear", (nn.Linear,), {"__module__": "elsewhere"})(8, 8)})
+        changed = {"__module__": "elsewhere", "forward": lambda self, x: x}
+        model = nn.ModuleDict({"layer": type("Linear", (nn.Linear,), changed)(8, 8)})
         assert reasons(model) == {"layer": "elsewhere.Linear is not supported"}
 
     def test_plain_parameters_are_listed_where_they_could_be_layers(self):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,18 +57,52 @@ LINEAR = frozenset(
         "transformers.models.falcon.modeling_falcon.FalconLinear",
     }
 )
+# what a subclass may define without being another layer: how it is made, and what Python writes into every class
+HARMLESS = frozenset(
+    {"__init__", "reset_parameters", "extra_repr", "__repr__", "__constants__", "__doc__", "__module__", "__qualname__"}
+    | {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__parameters__"}
+    | {"__static_attributes__", "__firstlineno__", "__orig_bases__", "__slots__"}
+)
 TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
 
 Owner = tuple[str, str, nn.Module]  # name of the module, name of its parameter, the module
 
 
 def low_rank_type(module: nn.Module) -> type[LowRankModule] | None:
-    """The class that stands in for a dense module, None if there is none; subclasses have none."""
+    """The class that stands in for a dense module, None if there is none.
+
+    Of subclasses only those have one that add nothing but another initialisation.
+    """
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name == TRANSPOSED_LINEAR:
         return LowRankTransposedLinear
-    return LowRankLinear if name in LINEAR else LOW_RANK_OF.get(kind)
+    if name in LINEAR:
+        return LowRankLinear
+    return next((LOW_RANK_OF[base] for base in kind.__mro__ if base in LOW_RANK_OF and _acts_as(module, base)), None)
+
+
+def _acts_as(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a layer is no more than one of its base class, so that nothing can miss what another one lacks."""
+    kind = type(module)
+    if kind is base:
+        return True
+    classes = [cls for cls in kind.__mro__ if cls not in base.__mro__]
+    changed = {name for cls in classes for name, value in vars(cls).items() if not isinstance(value, staticmethod)}
+    return (
+        changed <= HARMLESS
+        and vars(module).keys() <= _attributes(base)  # type: ignore[arg-type]
+        and module._parameters.keys() <= {"weight", "bias"}
+        and not module._buffers
+        and not module._modules
+    )
+
+
+@cache
+def _attributes(base: Callable[..., nn.Module]) -> frozenset[str]:
+    """What an instance of a layer of torch has."""
+    sizes = (1, 1) if base in (nn.Linear, nn.Embedding) else (1, 1, 1)
+    return frozenset(vars(base(*sizes, device="meta")))
 
 
 def kind_objection(module: nn.Module) -> str | None:
@@ -74,14 +110,14 @@ def kind_objection(module: nn.Module) -> str | None:
     if isinstance(module, LowRankModule):
         return "is low-rank already"
     if parametrize.is_parametrized(module):
-        return "is parametrized"
+        return "is parametrized (parametrize.remove_parametrizations makes it a plain layer)"
     if is_quantized(module):
         return "is quantized"
     kind = low_rank_type(module)
     if kind is None:
         return _unsupported(module)
     if "weight" not in module._parameters:
-        return "its weight is computed from other parameters (weight norm, spectral norm or pruning)"
+        return "its weight is computed from other parameters (remove weight norm, spectral norm or pruning first)"
     return weight_objection(module._parameters["weight"]) or kind.objection(module)
 
 
