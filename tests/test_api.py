@@ -268,6 +268,21 @@ def test_save_and_load(trained, result, tmp_path):
         torch.testing.assert_close(loaded(x), result.model(x), rtol=0, atol=0)
 
 
+def test_layers_of_a_users_own_subclass_are_layers(trained, result, tmp_path):
+    class Begun(nn.Linear):
+        def __init__(self, like):
+            super().__init__(like.in_features, like.out_features)
+            self.load_state_dict(like.state_dict())
+
+    model = nn.Sequential(*(Begun(layer) if isinstance(layer, nn.Linear) else layer for layer in trained))
+    found = squeeze(model, objective="budget")
+    assert found.ranks == result.ranks
+    found.save(tmp_path)
+    x = clouds()[0]
+    torch.testing.assert_close(load_compressed(copy.deepcopy(model), tmp_path)(x), found.model(x), rtol=0, atol=0)
+    torch.testing.assert_close(found.model(x), result.model(x))
+
+
 def test_progress_is_told(trained):
     told = []
     squeeze(trained, progress=lambda *report: told.append(report))

@@ -149,7 +149,9 @@ class TestFindLayers:
 
         torch.manual_seed(0)
         model = nn.Sequential(Begun(8), Scaled(), Parent(4, 4, 3), Extra(), Mixed(9, 9))
+        model[0]._mark, model[0].forward = "of a library", model[0].forward
         assert names(model) == ["0"]
+        del model[0].forward
         assert reasons(model)["1"] == "Scaled is not supported"
         (candidate,), _ = find_layers(model)
         weight = model[0].weight.detach()

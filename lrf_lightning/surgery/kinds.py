@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -46,6 +44,12 @@ LOW_RANK_OF: dict[type[nn.Module], type[LowRankModule]] = {
     nn.ConvTranspose2d: LowRankConvTranspose2d,
     nn.ConvTranspose3d: LowRankConvTranspose3d,
     nn.Embedding: LowRankEmbedding,
+}
+
+# what their instances have
+ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
+    kind: frozenset(vars(kind(*([1] * (2 if kind in (nn.Linear, nn.Embedding) else 3)), device="meta")))
+    for kind in LOW_RANK_OF
 }
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -91,18 +95,12 @@ def _acts_as(module: nn.Module, base: type[nn.Module]) -> bool:
     changed = {name for cls in classes for name, value in vars(cls).items() if not isinstance(value, staticmethod)}
     return (
         changed <= HARMLESS
-        and vars(module).keys() <= _attributes(base)  # type: ignore[arg-type]
+        # observing a layer may shadow its forward, and libraries mark layers with private names
+        and {name for name in vars(module) if not name.startswith("_")} <= ATTRIBUTES[base] | {"forward"}
         and module._parameters.keys() <= {"weight", "bias"}
         and not module._buffers
         and not module._modules
     )
-
-
-@cache
-def _attributes(base: Callable[..., nn.Module]) -> frozenset[str]:
-    """What an instance of a layer of torch has."""
-    sizes = (1, 1) if base in (nn.Linear, nn.Embedding) else (1, 1, 1)
-    return frozenset(vars(base(*sizes, device="meta")))
 
 
 def kind_objection(module: nn.Module) -> str | None:
