@@ -151,9 +151,9 @@ def _key(work: Workspace, candidates: list[Candidate], dense: Outcome) -> str:
 def _code() -> str:
     """A digest of this package's source, which decides what a calibration holds."""
     folder = Path(__file__).parent
-    return fingerprint(
-        *(path.read_bytes() for name in ("solver", "surgery") for path in sorted((folder / name).glob("*.py")))
-    )
+    files = [path for name in ("solver", "surgery") for path in sorted((folder / name).glob("*.py"))]
+    files += [folder / f"{name}.py" for name in ("loss_calls", "loss_explanation", "shadows", "step_loss")]
+    return fingerprint(*(path.read_bytes() for path in files))
 
 
 def _packed(work: Workspace) -> bytes:

@@ -13,7 +13,8 @@ Where some targets are ignored (padding, the last token of a text), the batch's 
 sample counts by its number of them: its loss is the sum over its rows, divided by the mean number per sample. The same
 holds for weights of classes, with the sum of the weights instead of the number.
 
-Losses that compare the samples of a batch with each other have none per sample: their pairs are batches.
+Losses that compare the samples of a batch with each other, contrastive ones, have none per sample: what a sample
+changes in the losses of the others would be missing in intervals over samples.
 
 Whether and how these are the loss is found out by :mod:`lrf_lightning.loss_explanation`.
 """
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.nn import _reduction, functional
 from torch.overrides import TorchFunctionMode
 
+from lrf_lightning.shadows import Shadows
 from lrf_lightning.solver.loss_terms import LossTerms
 
 __all__ = ["LossCall", "LossCalls"]
@@ -50,7 +52,6 @@ WATCHED: frozenset[Callable[..., Any]] = frozenset(
 CLASSIFIERS: frozenset[Callable[..., Any]] = frozenset({functional.cross_entropy, functional.nll_loss})
 WEIGHTED: frozenset[Callable[..., Any]] = frozenset({functional.mse_loss, functional.l1_loss})  # mean over the weights
 MOST_CALLS = 4
-FEWEST_CONTRASTED = 8
 REDUCTION = frozenset({"reduction", "reduce", "size_average"})
 
 
@@ -65,7 +66,9 @@ class LossCall:
         options: the other arguments by name, those on reduction left out.
         result: what it returned.
         reduction: of its rows to the result.
+        leaf: where the graph of what is made of the result begins, if that is followed.
         steps: length t of sequences whose rows are time-major; 0 if the rows of a sample lie together.
+        given: whether the targets are known to be those of the batch.
     """
 
     function: Callable[..., Tensor]
@@ -74,20 +77,29 @@ class LossCall:
     options: Mapping[str, Any]
     result: Tensor
     reduction: Literal["mean", "sum", "none"] = "mean"
+    leaf: Tensor | None = None
     steps: int = 0
+    given: bool = False
 
-    def arranged(self, size: int, given: Iterable[Tensor]) -> LossCall:
-        """The call, with ``steps`` set if its targets are those of the batch, but time-major.
+    def arranged(self, size: int, batch: Iterable[Tensor]) -> LossCall:
+        """The call, with what the batch tells about its targets, and ``steps`` set if they are time-major.
 
         Args:
             size: samples in the batch.
-            given: the batch's tensors; targets may lack the first or the last step of one of them.
+            batch: the batch's tensors; targets may lack the first or the last step of one of them.
         """
+        batch = list(batch)
         try:
-            steps = next(filter(None, (self._steps_as_in(whole, size) for whole in given)), 0)
+            steps = next(filter(None, (self._steps_as_in(whole, size) for whole in batch)), 0)
+            given = steps != 0 or any(self._targets_are(whole) for whole in batch)
         except Exception:  # tensors of other kinds, and what was called in a function transform
             return self
-        return replace(self, steps=steps) if steps > 0 else self
+        return replace(self, steps=max(steps, 0), given=True) if given else self
+
+    def _targets_are(self, whole: Tensor) -> bool:
+        target = self.target
+        alike = whole.layout is torch.strided and whole.device == target.device and whole.numel() == target.numel()
+        return alike and bool((whole.reshape(-1) == target.reshape(-1)).all())
 
     def _steps_as_in(self, whole: Tensor, size: int) -> int:
         """The length of sequences if the targets are those of a tensor, but time-major; -1 if they lie as there do."""
@@ -104,30 +116,40 @@ class LossCall:
                     return answer
         return 0
 
-    def per_sample(self, size: int) -> Tensor | None:
-        """Loss of every sample, shape (size,), differentiable, in float32 or wider; None if rows fit no sample."""
+    def per_sample(self, size: int, *, weighted: bool = True) -> Tensor | None:
+        """Loss of every sample, shape (size,), differentiable, in float32 or wider.
+
+        Args:
+            size: samples in the batch.
+            weighted: whether their mean is that over the rows' weights, as torch takes it, or over the rows' number.
+
+        Returns:
+            None if rows fit no sample, or samples are compared with each other.
+        """
         if self._compares_samples(size):
             return None
-        return self._mean(self._rows, self._weights, size)
+        return self._mean(self._rows, self._weights if weighted else None, size)
 
-    def terms(self, size: int) -> LossTerms | None:
+    def terms(self, size: int, *, weighted: bool = True) -> LossTerms | None:
         """What the rows of every sample add to its loss; None if that is one row as it is, or rows fit no sample."""
         rows, weights = self._by_sample(self._rows, size), self._weights
-        if rows is None or (weights is None and rows.shape[1] == 1):
+        if rows is None:
             return None
-        if weights is None:
-            return LossTerms.of(rows)
-        if weights.dtype != torch.bool:
-            parts = self.weighted(size, self.share * size)
+        if weights is not None and weights.dtype != torch.bool:
+            parts = self.weighted(size, size / (weights.sum() if weighted else weights.numel()))
             return None if parts is None else LossTerms.weighted(*parts)
-        return None if rows.shape[1] == 1 else LossTerms.of(rows, self._by_sample(weights, size))
+        counts = None if weights is None or not weighted else self._by_sample(weights, size)
+        return None if rows.shape[1] == 1 else LossTerms.of(rows, counts)
 
     def weighted(self, size: int, factor: Tensor | float) -> tuple[Tensor, Tensor] | None:
-        """All rows times a factor, and what they weigh in it, both of shape (size, t); None if they fit no sample.
+        """All rows times a factor, and what they weigh in it, both of shape (size, t).
 
         Args:
             size: samples in the batch.
             factor: one for all rows, or of their shape; rows do not count where it is 0, whatever they are.
+
+        Returns:
+            None if rows fit no sample, or samples are compared with each other.
         """
         if self._compares_samples(size):
             return None
@@ -148,7 +170,8 @@ class LossCall:
 
         Returns:
             Shape (size,) per sample, of which the mean is the share in the batch; () over all rows if they fit no
-            sample; None if the loss is no classification with class indices, or all targets are ignored.
+            sample or samples are compared with each other; None if the loss is no classification with class indices,
+            or all targets are ignored.
         """
         if not self._has_classes:
             return None
@@ -156,7 +179,9 @@ class LossCall:
         valid = self._valid
         if valid is not None and not bool(valid.any()):
             return None
-        per_sample = self._mean(hits if valid is None else hits * valid, valid, size)
+        per_sample = None
+        if not self._compares_samples(size):
+            per_sample = self._mean(hits if valid is None else hits * valid, valid, size)
         if per_sample is not None:
             return per_sample
         return hits.mean() if valid is None else hits[valid].mean()
@@ -190,18 +215,22 @@ class LossCall:
         return None if bool(valid.all()) else valid
 
     def _compares_samples(self, size: int) -> bool:
-        """Whether the classes are the samples of the batch, as in contrastive losses.
+        """Whether the batch's samples are the classes: targets that are none of the batch's, in one of the usual forms.
 
-        What a sample changes in the losses of the others would be missing in intervals over samples. Few samples may
-        have such targets by chance.
+        That is one of all in every row of a square, the samples' numbers among more, or the first of all others.
         """
-        rows = self.target.numel()
-        if size < FEWEST_CONTRASTED or not self._has_classes or self.input.dim() != 2 or rows % size:
+        if self.given or self.input.dim() != 2 or size < 2 or len(self.input) % size:
             return False
-        classes = self.input.shape[1]
-        numbered = classes >= size and bool((self.target.reshape(-1, size).diff(dim=1) == 1).all())
-        positive_first = rows == classes + 1 and not bool(self.target.any())
-        return numbered or positive_first
+        (rows, columns), target = self.input.shape, self.target
+        if rows == columns:
+            if self._has_classes:
+                return len(target.unique()) == rows
+            ones = target == 1
+            return target.shape == self.input.shape and bool((ones.sum(0) == 1).all() and (ones.sum(1) == 1).all())
+        if not self._has_classes:
+            return False
+        numbered = columns >= size and bool((target.reshape(-1, size).diff(dim=1) == 1).all())
+        return numbered or (rows == columns + 1 and not bool(target.any()))
 
     @cached_property
     def _weights(self) -> Tensor | None:
@@ -242,54 +271,28 @@ class LossCalls(TorchFunctionMode):
     Of many calls, as of a loss that is computed in parts to save memory, the others are let go with their logits.
 
     Args:
-        traced: whether it can be asked for how a loss depends on the results, by their gradients, even where none are
-            recorded: they are from the first call on. What the caller gets is a copy of the noted result then, since it
-            may be added to in place.
+        traced: whether what is made of the results is followed in :attr:`shadows`.
     """
 
     def __init__(self, *, traced: bool = False) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
-        self.traced = traced
-
-    def __enter__(self) -> LossCalls:
-        """Begin to watch."""
-        self._recording = torch.is_grad_enabled()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """End it, and record gradients only if that was so before."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        torch.set_grad_enabled(self._recording)
+        self.shadows = Shadows() if traced else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the function as it is and note it."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func not in WATCHED:
-            return result
-        if self.traced:
-            result = self._start(result)
-        arguments = inspect.signature(func).bind(*args, **kwargs).arguments
-        options = {name: value for name, value in arguments.items() if name not in REDUCTION}
-        first, second = options.pop("input"), options.pop("target")
-        self.calls.append(LossCall(func, first, second, options, result, _reduction_of(arguments)))
-        del self.calls[:-MOST_CALLS]
-        return result.clone() if self.traced else result
-
-    def _start(self, result: Tensor) -> Tensor:
-        """A result that gradients can be asked for, if there are none so far."""
-        if self._recording or result.requires_grad or torch.is_inference_mode_enabled():
-            return result
-        try:
-            start = result.detach().requires_grad_()
-        except RuntimeError:  # inside of a function transform
-            return result
-        torch.set_grad_enabled(True)
-        return start
+        result = func(*args, **kwargs) if self.shadows is None else self.shadows.call(func, args, kwargs)
+        if func in WATCHED:
+            leaf = None if self.shadows is None else self.shadows.start(result)
+            arguments = inspect.signature(func).bind(*args, **kwargs).arguments
+            options = {name: value for name, value in arguments.items() if name not in REDUCTION}
+            first, second = options.pop("input"), options.pop("target")
+            self.calls.append(LossCall(func, first, second, options, result, _reduction_of(arguments), leaf))
+            del self.calls[:-MOST_CALLS]
+        return result
 
 
 def _reduction_of(arguments: Mapping[str, Any]) -> Any:

@@ -2,8 +2,9 @@
 
 :func:`explanation` compares the means of calls with what a step returned: that finds the loss that is one mean.
 :func:`combination` finds sums of several calls, weighted ones too, and means that a step takes itself, over a mask for
-instance: it asks autograd for the derivatives of the loss by the calls' results. Where the loss is the sum of all
-results times their derivatives, it is a linear function of them, so every row's part in it is known.
+instance. It knows what was made of the calls' results (:mod:`lrf_lightning.shadows`), and so the derivatives of the
+loss by all of them. Where these do not depend on the results or on the model, the loss is the sum of the results times
+its derivatives, if nothing else is added, so that every row's part in it is known.
 
 :class:`ExplainedLoss` finds the terms of a user's own ``loss(model, batch)``.
 """
@@ -14,22 +15,39 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lrf_lightning.loss_calls import LossCall, LossCalls
+from lrf_lightning.shadows import is_linear
 from lrf_lightning.solver.batch_contents import batch_size, tensors
 from lrf_lightning.solver.evaluation import LossFunction, StepOutput
 from lrf_lightning.solver.loss_terms import LossTerms
 
-__all__ = ["Combination", "ExplainedLoss", "combination", "explanation"]
+__all__ = ["Combination", "ExplainedLoss", "Explanation", "combination", "explanation"]
 
 
-def explanation(
-    calls: Iterable[LossCall], loss: Tensor, size: int, *, widened: bool = False
-) -> tuple[LossCall, Tensor] | None:
+class Explanation(NamedTuple):
+    """The call that a loss is the mean of.
+
+    Attributes:
+        call: the call.
+        losses: of the samples, shape (batch,), differentiable.
+        weighted: whether the mean is that over the rows' weights, or over their number.
+    """
+
+    call: LossCall
+    losses: Tensor
+    weighted: bool
+
+    def terms(self, size: int) -> LossTerms | None:
+        """See :meth:`~lrf_lightning.loss_calls.LossCall.terms`."""
+        return self.call.terms(size, weighted=self.weighted)
+
+
+def explanation(calls: Iterable[LossCall], loss: Tensor, size: int, *, widened: bool = False) -> Explanation | None:
     """The first watched call that a loss comes from, and its losses per sample; None if there is none.
 
     A loss that is not finite comes from a call that is not finite either, so that as many figures are given of it as of
@@ -45,16 +63,17 @@ def explanation(
         # the same value may be computed from detached logits, for a log
         if loss.requires_grad and not call.input.requires_grad:
             continue
-        try:
-            losses = call.per_sample(size)
-        except Exception:  # what was called in a function transform or a compiled region cannot be called again
-            continue
-        if losses is None or loss.shape not in ((), losses.shape):
-            continue
-        broken = loss.dim() == 0 and not torch.isfinite(loss) and not torch.isfinite(losses).all()
-        eps = max(torch.finfo(value.dtype).eps for value in ((loss, call.result) if widened else (loss,)))
-        if broken or _agrees(losses, loss, eps):
-            return call, losses
+        for weighted in (True, False):
+            try:
+                losses = call.per_sample(size, weighted=weighted)
+            except Exception:  # what was called in a function transform or a compiled region cannot be called again
+                break
+            if losses is None or loss.shape not in ((), losses.shape):
+                break
+            broken = loss.dim() == 0 and not torch.isfinite(loss) and not torch.isfinite(losses).all()
+            eps = max(torch.finfo(value.dtype).eps for value in ((loss, call.result) if widened else (loss,)))
+            if broken or _agrees(losses, loss, eps):
+                return Explanation(call, losses, weighted)
     return None
 
 
@@ -66,46 +85,67 @@ class Combination:
         losses: per sample, shape (batch,), differentiable.
         terms: what they are sums of.
         calls: those that contribute.
+        is_mean: whether it is no more than the mean of one call.
     """
 
     losses: Tensor
     terms: LossTerms
     calls: Sequence[LossCall]
+    is_mean: bool
 
 
-def combination(calls: Iterable[LossCall], loss: Tensor, size: int) -> Combination | None:
-    """How a loss is made of traced calls; None if it is no linear function of their rows, or rows fit no sample.
+def combination(
+    calls: Iterable[LossCall], loss: Tensor, shadow: Tensor | None, size: int, *, check: bool = False
+) -> Combination | None:
+    """How a loss is made of calls; None if it is no sum of their rows with constant factors, or rows fit no sample.
 
     Args:
         calls: of ``LossCalls(traced=True)``.
         loss: shape (), the mean over the batch.
+        shadow: that of the loss, of one entry.
         size: samples in the batch.
+        check: whether to look for factors that depend on the results, or on anything else that requires a gradient.
     """
-    calls = [call for call in calls if call.result.requires_grad]
-    if not (calls and loss.requires_grad):
+    known = [(call, call.leaf) for call in calls if call.leaf is not None]
+    if not known or shadow is None or not shadow.requires_grad or (check and not is_linear(shadow)):
         return None
     try:
-        slopes = torch.autograd.grad(loss, [call.result for call in calls], retain_graph=True, allow_unused=True)
-        used = [(call, slope) for call, slope in zip(calls, slopes, strict=True) if slope is not None]
+        leaves, one = [leaf for _, leaf in known], torch.ones_like(shadow)
+        slopes = torch.autograd.grad(shadow, leaves, one, retain_graph=True, create_graph=check, allow_unused=True)
+        used = [(call, slope) for (call, _), slope in zip(known, slopes, strict=True) if slope is not None]
+        if not used or any(slope.requires_grad for _, slope in used):
+            return None
         parts = [call.weighted(size, slope * call.share * size) for call, slope in used]
     except Exception:  # what was called in a function transform or a compiled region cannot be called again
         return None
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or not known:
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
         return None
-    rows, weights = (torch.cat(values, 1) for values in zip(*known, strict=True))
+    rows, weights = (torch.cat(values, 1) for values in zip(*found, strict=True))
     losses = rows.sum(1)
-    parts_of_loss = [
-        (slope.double() * call.result.detach().double()).masked_fill(slope == 0, 0) for call, slope in used
-    ]
-    total = torch.stack([part.sum() for part in parts_of_loss]).sum()[None]
-    # rows are taken in single precision or wider, results may be rounded more coarsely
-    coarse = max(torch.finfo(call.result.dtype).eps for call, _ in used)
-    exact = _agrees(total, loss, torch.finfo(loss.dtype).eps) and _agrees(losses, loss, coarse)
-    broken = not torch.isfinite(loss) and not torch.isfinite(losses).all()
-    if not (exact or broken):
+    if not _adds_up(used, losses, loss):
         return None
-    return Combination(losses, LossTerms.weighted(rows, weights), [call for call, _ in used])
+    plain = len(used) == 1 and used[0][0].reduction == "mean" and bool((used[0][1] == 1).all())
+    return Combination(losses, LossTerms.weighted(rows, weights), [call for call, _ in used], plain)
+
+
+def _adds_up(used: Sequence[tuple[LossCall, Tensor]], losses: Tensor, loss: Tensor) -> bool:
+    """Whether nothing but the calls is in a loss, and the losses per sample are right.
+
+    Roundings are relative to the size of the parts, which may be much larger than their sum. A loss that is not finite
+    consists of calls that are not.
+    """
+    if not torch.isfinite(loss):
+        return not bool(torch.isfinite(losses).all())
+    leaves = [(call.leaf.detach(), slope) for call, slope in used if call.leaf is not None]  # results may be changed
+    parts = [(slope.double() * leaf.double()).masked_fill(slope == 0, 0) for leaf, slope in leaves]
+    size = float(sum(part.abs().sum() for part in parts))
+    # derivatives by a result are as coarse as the result; losses per sample come from rows in float32 or wider
+    coarse = max(torch.finfo(leaf.dtype).eps for leaf, _ in leaves)
+    exact = max(1e-4, 4 * torch.finfo(loss.dtype).eps, coarse)
+    total = float(sum(part.sum() for part in parts))
+    close = abs(total - float(loss)) <= exact * size + 1e-9
+    return close and abs(float(losses.detach().double().mean()) - total) <= max(1e-4, 4 * coarse) * size + 1e-9
 
 
 class ExplainedLoss:
@@ -139,7 +179,7 @@ class ExplainedLoss:
         if isinstance(plain.loss, Tensor) and plain.terms is None:
             calls = [call.arranged(size, given) for call in watch.calls]
             found = explanation(calls, plain.loss, size, widened=True)
-            terms = None if found is None or not torch.isfinite(plain.loss).all() else found[0].terms(size)
+            terms = None if found is None or not torch.isfinite(plain.loss).all() else found.terms(size)
             if terms is not None:
                 self._found = True
                 return replace(plain, terms=terms)

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
 from lrf_lightning.loss_calls import LossCall
-from lrf_lightning.loss_explanation import combination, explanation
+from lrf_lightning.loss_explanation import Combination, combination, explanation
 from lrf_lightning.random_state import preserved
 from lrf_lightning.solver.batch_contents import batch_size, own_copy, tensors
 from lrf_lightning.solver.evaluation import StepOutput, evaluation_mode
@@ -224,7 +224,8 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
             if loss is not None and loss.requires_grad:
                 if problems and is_overridden("validation_step", module):
                     rank_zero_warn(f"The loss is taken from {step} ({place}), since {'; '.join(problems)}")
-                return _Source(step, place, combined=_is_combined(record, loss, size, given))
+                found = _combination(record, loss, size, given, check=True)
+                return _Source(step, place, combined=found is not None and not found.is_mean)
         problems.append(f"{step} returned {_described(record.returned)}{_ambiguous(step, record)}")
     raise ValueError(
         f"no step of {type(module).__name__} gives a floating-point scalar loss that gradients flow through "
@@ -262,7 +263,10 @@ def _ambiguous(step: str, record: StepRecord) -> str:
 
 
 def _loss(record: StepRecord, source: _Source, vector: bool) -> Tensor | None:
-    """The loss at a source, None if what is there is no loss; a vector counts only where it cannot be a prediction."""
+    """The loss at a source, None if what is there is no loss; a vector counts only where it cannot be a prediction.
+
+    One number may have the shape (1,); the tensor is returned as it is, so that it can be found among the traced ones.
+    """
     value: Any
     if source.place == "call":
         value = record.calls[0].result if len(record.calls) == 1 else None
@@ -276,10 +280,8 @@ def _loss(record: StepRecord, source: _Source, vector: bool) -> Tensor | None:
             value = next((item for item in value if isinstance(item, Tensor)), None)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return None
-    if value.numel() == 1 and value.dim() <= 1:
-        with torch.enable_grad():  # it may have been traced
-            return value.reshape(())
-    return value if vector and value.dim() == 1 else None
+    is_number = value.numel() == 1 and value.dim() <= 1
+    return value if is_number or (vector and value.dim() == 1) else None
 
 
 def _required_loss(record: StepRecord, source: _Source) -> Tensor:
@@ -293,28 +295,33 @@ def _required_loss(record: StepRecord, source: _Source) -> Tensor:
     return loss
 
 
-def _is_combined(record: StepRecord, loss: Tensor, size: int, given: list[Tensor]) -> bool:
+def _combination(
+    record: StepRecord, loss: Tensor, size: int, given: list[Tensor], *, check: bool = False
+) -> Combination | None:
+    if record.shadows is None or loss.numel() != 1:
+        return None
     calls = [call.arranged(size, given) for call in record.calls]
-    single = loss.dim() != 0 or explanation(calls, loss, size) is not None
-    return not single and combination(calls, loss, size) is not None
+    return combination(calls, loss.reshape(()), record.shadows.of(loss), size, check=check)
 
 
 def _output(record: StepRecord, source: _Source, size: int, given: list[Tensor]) -> StepOutput:
     """The loss per sample where watched calls explain it, else as it is; accuracy and logits where they are known."""
-    loss = _required_loss(record, source)
-    calls = [call.arranged(size, given) for call in record.calls]
+    found_loss = _required_loss(record, source)
+    loss = found_loss.reshape(()) if found_loss.numel() == 1 else found_loss
     finite = bool(torch.isfinite(loss).all())
-    if loss.dim() == 0 and source.combined:
-        summed = combination(calls, loss, size)
-        if summed is not None:
-            return StepOutput(summed.losses, _only_accuracy(summed.calls, size), terms=summed.terms if finite else None)
+    calls = [call.arranged(size, given) for call in record.calls]
     found = explanation(calls, loss, size) if loss.dim() == 0 else None
     if found is not None:
-        call, losses = found
-        logits = call.logits(size)
-        target = None if logits is None else call.target
-        return StepOutput(losses, call.correct(size), logits, target, call.terms(size) if finite else None)
-    return StepOutput(loss, _only_accuracy(calls, size))
+        logits = found.call.logits(size)
+        target = None if logits is None else found.call.target
+        terms = found.terms(size) if finite else None
+        return StepOutput(found.losses, found.call.correct(size), logits, target, terms)
+    summed = _combination(record, found_loss, size, given) if source.combined else None
+    if summed is None:
+        return StepOutput(loss, _only_accuracy(calls, size))
+    score = _only_accuracy(summed.calls, size)
+    score = _only_accuracy(calls, size) if score is None else score
+    return StepOutput(summed.losses, score, terms=summed.terms if finite else None)
 
 
 def _only_accuracy(calls: Iterable[LossCall], size: int) -> Tensor | None:

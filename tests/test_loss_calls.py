@@ -72,7 +72,7 @@ class TestTimeMajorRows:
             lambda: function(logits.transpose(0, 1).flatten(0, 1), wanted.transpose(0, 1).flatten(0, 1), **options)
         )
         assert call.arranged(self.SIZE, []) is call
-        found, per_sample = explanation([call.arranged(self.SIZE, given)], result, self.SIZE)
+        found, per_sample, _ = explanation([call.arranged(self.SIZE, given)], result, self.SIZE)
         _, expected = single(lambda: function(logits.flatten(0, 1), wanted.flatten(0, 1), **options))
         torch.testing.assert_close(per_sample, expected.per_sample(self.SIZE))
         torch.testing.assert_close(found.terms(self.SIZE).values, expected.terms(self.SIZE).values)
@@ -103,7 +103,7 @@ class TestTimeMajorRows:
     def test_what_cannot_be_looked_at_is_passed_over(self, logits):
         wanted = logits.flip(0).flatten(1)
         _, call = single(lambda: functional.mse_loss(logits.flatten(1), wanted))
-        assert call.arranged(self.SIZE, [wanted.to_sparse(), wanted]) is call
+        assert call.arranged(self.SIZE, [wanted.to_sparse()]) is call
         result, calls = watched(lambda: torch.vmap(functional.mse_loss)(logits, logits.flip(0)).mean())
         calls = [call.arranged(self.SIZE, [logits.flip(0)]) for call in calls]
         assert explanation(calls, result, self.SIZE) is None
@@ -113,10 +113,11 @@ class TestTimeMajorRows:
 
     def test_rows_by_sample_stay(self, logits, tokens):
         result, call = single(lambda: functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
-        assert explanation([call.arranged(self.SIZE, [tokens])], result, self.SIZE)[0] is call
+        found = explanation([call.arranged(self.SIZE, [tokens])], result, self.SIZE).call
+        assert (found.steps, found.given) == (0, True)
         alike = torch.ones_like(tokens)
         _, call = single(lambda: functional.cross_entropy(logits.flatten(0, 1), alike.flatten()))
-        assert call.arranged(self.SIZE, [alike]) is call, "both orders are the same"
+        assert call.arranged(self.SIZE, [alike]).steps == 0, "both orders are the same"
         assert call.arranged(self.SIZE, [tokens]) is call, "these are other targets"
 
     def test_a_loss_of_the_users(self, logits, tokens):
@@ -168,10 +169,10 @@ class TestRows:
 
     def test_a_batch_of_ignored_tokens_only_has_no_finite_loss(self):
         result, call = single(lambda: functional.cross_entropy(LOGITS, torch.full((6,), -100)))
-        _, losses = explanation([call], result, 6)
+        losses = explanation([call], result, 6).losses
         assert losses.isnan().all()
         assert losses.shape == (6,)
-        assert explanation([call], torch.tensor(0.0), 6) is None
+        assert explanation([call], torch.tensor(0.1), 6) is None
 
     def test_gradients_flow(self):
         logits = LOGITS.clone().requires_grad_()
@@ -189,36 +190,52 @@ class TestRows:
 class TestContrastiveLosses:
     """Classes that are the samples of the batch; the loss of a sample depends on the others."""
 
-    @pytest.mark.parametrize("views", [1, 2])
-    @pytest.mark.parametrize("offset", [0, 8], ids=["first process", "second process"])
-    def test_numbered_samples(self, views, offset):
-        target = (torch.arange(8) + offset).repeat(views)
-        result, call = single(lambda: functional.cross_entropy(torch.randn(8 * views, 16), target))
-        assert call.per_sample(8) is None
-        assert call.weighted(8, 1.0) is None
-        assert explanation([call], result, 8) is None
-        torch.testing.assert_close(call.correct(8).mean(), (call.input.argmax(1) == target).float().mean())
-
-    def test_the_positive_first(self):
-        _, call = single(lambda: functional.cross_entropy(torch.randn(16, 15), torch.zeros(16, dtype=torch.long)))
-        assert call.per_sample(8) is None
+    @pytest.mark.parametrize("size", [3, 8])
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda n: functional.cross_entropy(torch.randn(n, n), torch.arange(n)),
+            lambda n: functional.cross_entropy(torch.randn(n, n), torch.eye(n)),
+            lambda n: functional.cross_entropy(torch.randn(2 * n, 2 * n), torch.arange(2 * n).roll(n)),
+            lambda n: functional.cross_entropy(torch.randn(2 * n, 2 * n - 1), torch.zeros(2 * n, dtype=torch.long)),
+            lambda n: functional.cross_entropy(torch.randn(n, 4 * n), torch.arange(n) + n),
+            lambda n: functional.binary_cross_entropy_with_logits(torch.randn(n, n), torch.eye(n)),
+        ],
+        ids=["numbered", "one-hot", "two views", "the positive first", "of several processes", "pairwise"],
+    )
+    def test_have_no_losses_per_sample(self, call, size):
+        result, (found,) = watched(lambda: call(size))
+        found = found.arranged(size, [torch.randn(size, 5)])
+        assert found.per_sample(size) is None
+        assert found.weighted(size, 1.0) is None
+        assert explanation([found], result, size) is None
+        accuracy = found.correct(size)
+        assert accuracy is None or accuracy.shape == ()
 
     @pytest.mark.parametrize(
         ("classes", "target"),
         [
             (1000, torch.zeros(8, dtype=torch.long)),
-            (10, torch.arange(8).flip(0)),
+            (7, torch.zeros(8, dtype=torch.long)),
+            (10, torch.arange(8)),
             (8, torch.tensor([0, 1, 2, 3, 4, 5, 6, 6])),
         ],
-        ids=["a sorted data set", "other targets", "classes as many as samples"],
+        ids=["a sorted data set", "with as many classes less one", "numbers", "as many classes as samples"],
     )
-    def test_a_classification_is_none(self, classes, target):
+    def test_targets_of_the_batch_are_classes(self, classes, target):
         _, call = single(lambda: functional.cross_entropy(torch.randn(8, classes), target))
-        assert call.per_sample(8).shape == (8,)
+        call = call.arranged(8, [torch.randn(8, 5), target.int()])
+        assert call.per_sample(8).shape == call.correct(8).shape == (8,)
 
-    def test_few_samples_may_be_numbered_by_chance(self):
-        _, call = single(lambda: functional.cross_entropy(torch.randn(2, 10), torch.tensor([3, 4])))
-        assert call.per_sample(2).shape == (2,)
+    def test_as_many_tokens_as_words(self):
+        tokens = torch.randint(40, (40,))
+        for target in (tokens, functional.one_hot(tokens, 40).float()):
+            _, call = single(lambda target=target: functional.cross_entropy(torch.randn(40, 40), target))
+            assert call.arranged(5, []).per_sample(5).shape == (5,)
+
+    def test_other_targets_are_classes(self):
+        _, call = single(lambda: functional.cross_entropy(torch.randn(8, 10), torch.arange(8).flip(0)))
+        assert call.arranged(8, []).per_sample(8).shape == (8,)
 
 
 def test_of_many_calls_the_last_ones_are_kept():

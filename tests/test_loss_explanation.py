@@ -15,10 +15,16 @@ LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 TARGET = torch.tensor([0, 1, 2, 3, 0, 1])
 
 
-def watched(function, **options):
-    with LossCalls(**options) as watch:
+def watched(function):
+    with LossCalls() as watch:
         result = function()
     return result, watch.calls
+
+
+def traced(function):
+    with LossCalls(traced=True) as watch:
+        result = function()
+    return result, watch.calls, watch.shadows.of(result)
 
 
 def single(function):
@@ -80,10 +86,12 @@ class TestCombination:
     def combined(self, loss, grad, logits=LOGITS, size=6):
         logits = logits.clone().requires_grad_()
         with torch.set_grad_enabled(grad):
-            result, calls = watched(lambda: loss(logits), traced=True)
-            assert torch.is_grad_enabled() == grad
+            result, calls, shadow = traced(lambda: loss(logits))
+            assert result.requires_grad == grad
             assert result.isnan() or explanation(calls, result, size) is None
-            return logits, result, combination(calls, result, size)
+            found = [combination(calls, result, shadow, size, check=check) for check in (False, True)]
+            assert result.isnan() or (found[0] is None) == (found[1] is None) or not grad
+            return logits, result, found[grad]
 
     @pytest.mark.parametrize(
         ("loss", "per_sample"),
@@ -145,9 +153,8 @@ class TestCombination:
         expected += 0.1 * slope(lambda x: rows_of(-x)).square()
 
         def scattered(x, seed):
-            with torch.set_grad_enabled(True):
-                result, calls = watched(lambda: loss(x), traced=True)
-            return combination(calls, result, 6).terms.scattered(torch.Generator().manual_seed(seed))
+            result, calls, shadow = traced(lambda: loss(x))
+            return combination(calls, result, shadow, 6).terms.scattered(torch.Generator().manual_seed(seed))
 
         squares = []
         for seed in range(400):
@@ -167,7 +174,7 @@ class TestCombination:
         rows = functional.cross_entropy(logits, tokens.flatten(), reduction="none").reshape(2, 3)
         torch.testing.assert_close(found.losses, rows.mean(1) + rows[:, 0])
         torch.testing.assert_close(found.terms.count, torch.tensor([[3.0, 3.0, 3.0, 1.0]]).expand(2, 4))
-        assert found.terms.mean_count == 4
+        assert found.terms.mean_count == 2.5
 
     @pytest.mark.parametrize(
         "loss",
@@ -175,14 +182,32 @@ class TestCombination:
             lambda x: functional.cross_entropy(x, TARGET) + 0.01 * x.square().mean(),
             lambda x: functional.mse_loss(x, OTHER).sqrt(),
             lambda x: functional.mse_loss(x, OTHER).detach() * 2 + x.mean(),
+            lambda x: functional.cross_entropy(x, TARGET).square(),
             lambda x: functional.cross_entropy(x, TARGET) + functional.mse_loss(x.mean(0), torch.ones(4)),
             lambda x: sum(functional.cross_entropy(x * i, TARGET) for i in range(1, 6)),
             lambda x: torch.vmap(functional.mse_loss)(x, OTHER).mean() * 2,
         ],
-        ids=["a penalty", "no linear function", "no gradient", "rows of no sample", "too many calls", "a transform"],
+        ids=["a penalty", "a root", "no gradient", "a square", "rows of no sample", "too many calls", "a transform"],
     )
     def test_what_is_no_sum_of_rows(self, loss, grad):
         assert self.combined(loss, grad)[2] is None
+
+    def test_results_that_stay_the_callers(self, grad):
+        """What the step gets are the plain results, and what it computes has no graph that was not there."""
+        kept = []
+
+        def loss(x):
+            rows = functional.cross_entropy(x, TARGET, reduction="none")
+            total = torch.zeros(())
+            total += (rows * MASK).sum()
+            kept.extend([rows, total, (2 * rows).detach().numpy()])
+            box = torch.zeros(2)
+            box[0] = total / MASK.sum()
+            return box.sum()
+
+        logits, _, found = self.combined(loss, grad)
+        torch.testing.assert_close(found.losses, rows_of(logits) * MASK * 6 / 4)
+        assert [value.requires_grad for value in kept[:2]] == [grad, grad]
 
     def test_rows_outside_of_a_mask_may_be_anything(self, grad):
         logits = LOGITS.clone()
@@ -217,13 +242,78 @@ class TestCombination:
         assert self.combined(loss, grad)[2] is None
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: ((1 - (-rows_of(x)).exp()).square() * rows_of(x)).mean(),
+        lambda x: (functional.cross_entropy(x, TARGET) * functional.mse_loss(x, OTHER)).sqrt(),
+        lambda x: 2 * rows_of(x).topk(3).values.mean(),
+        lambda x: 2 * rows_of(x).max(),
+        lambda x: rows_of(x).norm(),
+        lambda x: (functional.cross_entropy(x, TARGET) - 0.1).abs() + 0.1,
+        lambda x: functional.cross_entropy(x, TARGET) * x.mean(),
+        lambda x: functional.cross_entropy(x, TARGET) / functional.mse_loss(x, OTHER),
+    ],
+    ids=["focal", "homogeneous", "hard examples", "largest", "norm", "flooding", "factor of the model", "ratio"],
+)
+def test_factors_that_are_not_constant(loss):
+    """Such losses may well be the sum of the results times its derivatives, but change otherwise."""
+    logits = LOGITS.clone().requires_grad_()
+    result, calls, shadow = traced(lambda: loss(logits))
+    assert combination(calls, result, shadow, 6, check=True) is None
+
+
+def test_parts_that_nearly_cancel():
+    for scale in (1.0, 1.02, 1.0002):
+        result, calls, shadow = traced(
+            lambda scale=scale: functional.mse_loss(LOGITS, OTHER) - scale * functional.mse_loss(LOGITS, OTHER + 1e-3)
+        )
+        assert combination(calls, result, shadow, 6) is not None
+
+
+def test_a_call_that_depends_on_no_model_is_a_part_as_well():
+    logits = LOGITS.clone().requires_grad_()
+    result, calls, shadow = traced(
+        lambda: functional.cross_entropy(logits, TARGET) + functional.cross_entropy(OTHER, TARGET)
+    )
+    found = combination(calls, result, shadow, 6, check=True)
+    torch.testing.assert_close(found.losses, rows_of(logits) + rows_of(OTHER))
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.11, 0.3])
+def test_coarse_derivatives(factor):
+    """A factor is rounded like the result that it stands before."""
+    result, calls, shadow = traced(
+        lambda: (
+            functional.cross_entropy(LOGITS.bfloat16(), TARGET).float()
+            + factor * functional.mse_loss(5 * LOGITS.bfloat16(), OTHER.bfloat16()).float()
+        )
+    )
+    assert combination(calls, result, shadow, 6) is not None
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_mean"),
+    [
+        (lambda x: functional.cross_entropy(x, TARGET), True),
+        (lambda x: functional.cross_entropy(x, TARGET).clone(), True),
+        (lambda x: rows_of(x).mean(), False),
+        (lambda x: 2 * functional.cross_entropy(x, TARGET), False),
+    ],
+)
+def test_the_mean_of_one_call_needs_no_trace(loss, is_mean):
+    result, calls, shadow = traced(lambda: loss(LOGITS))
+    assert combination(calls, result, shadow, 6).is_mean == is_mean
+
+
 def test_weights_of_classes():
     weight, target = torch.tensor([1.0, 2.0, 3.0, 4.0]), TARGET.clone()
     target[2] = -100
     for options in ({}, {"label_smoothing": 0.1}):
         result, call = single(lambda options=options: functional.cross_entropy(LOGITS, target, weight, **options))
-        found, losses = explanation([call], result, 6)
+        found, losses, weighted = explanation([call], result, 6)
         assert found is call
+        assert weighted
         torch.testing.assert_close(losses.mean(), result)
         rows = functional.cross_entropy(LOGITS, target, weight, reduction="none", **options)
         weights = weight[TARGET] * (target >= 0)
@@ -234,19 +324,34 @@ def test_weights_of_classes():
         torch.testing.assert_close(call.correct(6), (LOGITS.argmax(1) == target) * 6 / 5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [True, False], ids=["by the weights", "by their number"])
+def test_means_that_a_step_takes_with_weights_of_classes(reduction, weighted):
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    weights = weight[TARGET]
+    result, call = single(lambda: functional.cross_entropy(LOGITS, TARGET, weight, reduction=reduction))
+    total = result * weights.sum() if reduction == "mean" else result.sum()
+    found = explanation([call], total / (weights.sum() if weighted else 6), 6)
+    torch.testing.assert_close(found.losses, rows_of(LOGITS, weight=weight) * (6 / weights.sum() if weighted else 1))
+    terms = found.terms(6)
+    torch.testing.assert_close(terms.per_sample, found.losses)
+    torch.testing.assert_close(terms.count[:, 0], weights.sum() / 6 / weights if weighted else 1 / weights)
+
+
+def test_weights_that_depend_on_the_model():
+    logits = LOGITS.clone().requires_grad_()
+    weight = logits.sigmoid() * (OTHER > 0)
+    result, call = single(lambda: functional.mse_loss(logits, OTHER, weight=weight))
+    terms = explanation([call], result, 6).terms(6)
+    (gradient,) = torch.autograd.grad(terms.scattered(torch.Generator()).sum(), logits)
+    assert gradient.isfinite().all()
+
+
 def test_weights_of_outputs():
     weight = torch.rand(6, 4, generator=torch.Generator().manual_seed(3))
     result, call = single(lambda: functional.mse_loss(LOGITS, OTHER, weight=weight))
-    _, losses = explanation([call], result, 6)
+    losses = explanation([call], result, 6).losses
     torch.testing.assert_close(losses, ((LOGITS - OTHER).square() * weight).sum(1) * 6 / weight.sum())
-
-
-def test_inference_mode_is_left_alone():
-    with torch.inference_mode():
-        result, calls = watched(
-            lambda: functional.cross_entropy(LOGITS, TARGET) + functional.mse_loss(LOGITS, OTHER), traced=True
-        )
-    assert combination(calls, result, 6) is None
 
 
 class TestExplainedLoss:

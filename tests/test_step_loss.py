@@ -142,6 +142,55 @@ class TestSources:
                      (found[0].loss.mean(), module.loss(batch).reshape(()))]  # fmt: skip
         torch.testing.assert_close(*gradients)
 
+    def test_a_mean_over_a_mask_is_one_whatever_comes_first(self, batch):
+        class Masked(Classifier):
+            def loss(self, batch):
+                x, y, mask = batch
+                rows = functional.cross_entropy(self.net(x), y, reduction="none")
+                return (rows * mask).sum() / mask.sum()
+
+        whole, part = (*batch, torch.ones(8)), (*batch, (torch.arange(8) > 2).float())
+        for batches in ((whole, part), (part, whole)):
+            loss, module = StepLoss(), Masked()
+            for one in batches:
+                output = loss(module, one)
+                assert output.loss.shape == (8,)
+                torch.testing.assert_close(output.loss.mean(), module.loss(one))
+
+    def test_an_accuracy_beside_the_loss_is_still_found(self, batch):
+        class Beside(Classifier):
+            def loss(self, batch):
+                x, y = batch
+                logits = self.net(x)
+                self.copy = functional.cross_entropy(logits, y)
+                wanted = functional.one_hot(y, CLASSES).float()
+                return functional.mse_loss(logits, wanted) + functional.l1_loss(logits, wanted)
+
+        output = StepLoss()(Beside(), batch)
+        assert output.loss.shape == output.score.shape == (8,)
+
+    def test_nothing_of_the_trace_stays_in_the_module(self, batch):
+        class Keeps(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("average", torch.zeros(()))
+
+            def loss(self, batch):
+                x, y = batch
+                loss = functional.cross_entropy(self.net(x), y) + functional.mse_loss(self.net(x)[:, 0], x[:, 0])
+                self.average.mul_(0.9).add_(0.1 * loss)
+                loss.item(), loss.numpy(force=True)
+                return loss
+
+        module, loss = Keeps(), StepLoss()
+        with torch.no_grad():
+            loss(module, batch)
+            module.average = torch.zeros(())
+            for _ in range(3):
+                assert loss(module, batch).loss.shape == (8,)
+        assert module.average.grad_fn is None
+        assert module.average > 0
+
     @pytest.mark.parametrize("shape", [(), (1,)])
     def test_gradients_of_a_loss_that_is_one_number(self, shape, batch):
         """No watched call explains the square of a cross-entropy: the loss itself is what gradients start from."""

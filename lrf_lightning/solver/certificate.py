@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import torch
 from torch import Tensor, nn
 
-from lrf_lightning.solver.evaluation import Outcome
+from lrf_lightning.solver.evaluation import Outcome, loss_differences, score_differences
 from lrf_lightning.solver.intervals import mean_interval, paired_interval, tango_interval
 from lrf_lightning.solver.result import Certificate, Interval, Verdict
 from lrf_lightning.solver.settings import Settings
@@ -40,19 +39,13 @@ def certify(
     Raises:
         ValueError: if the two outcomes do not pair up, or the original's loss is not finite.
     """
-    if dense.losses.shape != compressed.losses.shape or not torch.equal(dense.weights, compressed.weights):
-        raise ValueError(
-            f"verification gave {len(dense.losses)} pairs for the original and {len(compressed.losses)} for the "
-            "compressed model; the loader must yield the same samples in the same order at every iteration"
-        )
+    losses, scores = loss_differences(compressed, dense), score_differences(compressed, dense)
     before, after = dense.measurement(), compressed.measurement()
     if not math.isfinite(before.loss):
         raise ValueError(f"the loss of the original model on verification is {before.loss}; it must be finite")
     loss_margin = settings.loss_margin_of(before.loss)
-    loss_change = mean_interval(compressed.losses - dense.losses, dense.weights, settings.confidence)
-    score_change = None
-    if dense.scores is not None and compressed.scores is not None:
-        score_change = paired_interval(compressed.scores - dense.scores, dense.weights_of_scores, settings.confidence)
+    loss_change = mean_interval(*losses, settings.confidence)
+    score_change = None if scores is None else paired_interval(*scores, settings.confidence)
     verdict = _verdict(loss_change, score_change, loss_margin, settings.score_margin, unchanged)
     needed = None
     if verdict == "inconclusive":

@@ -26,7 +26,7 @@ def changed_samples(before: Outcome, after: Outcome, *, most: int = MOST) -> lis
     Returns:
         Nothing where a pair of losses is that of a batch, so that it belongs to no sample.
     """
-    if not torch.equal(before.weights, torch.ones_like(before.weights)):
+    if not all(torch.equal(one.weights, torch.ones_like(one.weights)) for one in (before, after)):
         return []
     if before.score_weights is not None or after.score_weights is not None:
         before, after = replace(before, scores=None), replace(after, scores=None)

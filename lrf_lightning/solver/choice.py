@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-from lrf_lightning.solver.evaluation import Outcome
+from lrf_lightning.solver.evaluation import Outcome, loss_differences
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.intervals import paired_error
 from lrf_lightning.solver.result import FrontierPoint
@@ -62,8 +62,8 @@ def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, refe
         return False
     outcome, margin = frontier.outcome(point), settings.loss_margin_of(frontier.dense.measurement().loss)
     # the reference was found by looking for the lowest loss: its distance to the dense model is uncertain as well
-    doubt = paired_error(reference.losses - frontier.dense.losses, outcome.weights)
-    error = max(paired_error(outcome.losses - reference.losses, outcome.weights), doubt)
+    doubt = paired_error(*loss_differences(reference, frontier.dense))
+    error = max(paired_error(*loss_differences(outcome, reference)), doubt)
     room = _room(settings, error, margin, inside_margin=inside_margin)
     if point.loss - reference.measurement().loss > settings.tolerance + room:
         return False

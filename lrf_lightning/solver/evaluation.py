@@ -28,6 +28,8 @@ __all__ = [
     "StepOutput",
     "evaluate",
     "evaluation_mode",
+    "loss_differences",
+    "score_differences",
     "step",
 ]
 
@@ -89,6 +91,36 @@ class Outcome:
         total = self.weights.sum()
         score = None if self.scores is None else float((self.scores * self.weights_of_scores).sum() / total)
         return Measurement(int(total), float((self.losses * self.weights).sum() / total), score)
+
+
+def loss_differences(outcome: Outcome, other: Outcome) -> tuple[Tensor, Tensor]:
+    """Losses minus another model's on the same samples, pair by pair, and the number of samples behind every pair.
+
+    Whether figures are known per sample may depend on the model, as with a metric that happens to be the mean of what
+    the samples' losses show. Where two outcomes differ in that, the samples' figures become those of their batches.
+
+    Raises:
+        ValueError: if the outcomes are not on the same samples.
+    """
+    return _differences((outcome.losses, outcome.weights), (other.losses, other.weights))
+
+
+def score_differences(outcome: Outcome, other: Outcome) -> tuple[Tensor, Tensor] | None:
+    """As :func:`loss_differences` for the scores, None if one of the models has none."""
+    if outcome.scores is None or other.scores is None:
+        return None
+    return _differences((outcome.scores, outcome.weights_of_scores), (other.scores, other.weights_of_scores))
+
+
+def _differences(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    (values, weights), (others, other_weights) = _as_batches(*first, second[1]), _as_batches(*second, first[1])
+    if values.shape != others.shape or not torch.equal(weights, other_weights):
+        raise ValueError(
+            f"the original and the compressed model cannot be compared: one has figures for {len(values)} pairs of "
+            f"samples or batches, the other for {len(others)}, or for others; the loader must yield the same samples "
+            "in the same order at every iteration"
+        )
+    return values - others, weights
 
 
 def evaluate(
@@ -200,6 +232,13 @@ def _join(outputs: list[StepOutput], sizes: list[int]) -> Outcome:
         max((output.terms.mean_count for output in outputs if output.terms is not None), default=1.0),
         None if score_weights is None or torch.equal(score_weights, weights) else score_weights,
     )
+
+
+def _as_batches(values: Tensor, weights: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of samples as means of batches of some sizes; as they are if they are no samples, or others."""
+    if len(values) == len(sizes) or len(values) != int(sizes.sum()) or not bool((weights == 1).all()):
+        return values, weights
+    return torch.stack([part.mean() for part in torch.split(values, [int(size) for size in sizes])]), sizes
 
 
 def _pairs(values: list[Tensor], sizes: list[int]) -> tuple[Tensor, Tensor]:

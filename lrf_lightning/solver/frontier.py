@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lrf_lightning.solver.allocation import Option, RanksKey, allocate, cheapest, ranks_key
 from lrf_lightning.solver.batch_norm import renormalized
 from lrf_lightning.solver.compensation import fit_layers
-from lrf_lightning.solver.evaluation import Outcome
+from lrf_lightning.solver.evaluation import Outcome, loss_differences, score_differences
 from lrf_lightning.solver.intervals import paired_change, paired_error
 from lrf_lightning.solver.layer_statistics import LayerStatistics, memory_groups
 from lrf_lightning.solver.result import FrontierPoint
@@ -161,12 +161,13 @@ class Frontier:
         """Whether a loss on the selection split is surely lower than another, and the score no lower than a tie."""
         if not torch.isfinite(other.losses).all() or len(outcome.losses) < FEWEST_PAIRS:
             return bool(torch.isfinite(outcome.losses).all() and not torch.isfinite(other.losses).all())
-        change, error = paired_change(outcome.losses, other.losses, outcome.weights)
+        change, error = paired_change(*loss_differences(outcome, other))
         if not change + PROOF * error < 0:
             return False
-        if outcome.scores is None or other.scores is None:
+        scores = score_differences(outcome, other)
+        if scores is None:
             return True
-        change, error = paired_change(outcome.scores, other.scores, outcome.weights_of_scores)
+        change, error = paired_change(*scores)
         return change >= -self.work.settings.ties * error - 1e-12
 
     def build(self, ranks: Mapping[str, int]) -> nn.Module:
@@ -289,10 +290,9 @@ class Frontier:
         work = self.work
         layers = work.layers.items()
         measured, dense = outcome.measurement(), self.dense.measurement()
-        loss_error = paired_error(outcome.losses - self.dense.losses, outcome.weights)
-        score_change, score_error = None, None
-        if outcome.scores is not None and self.dense.scores is not None:
-            score_change, score_error = paired_change(outcome.scores, self.dense.scores, outcome.weights_of_scores)
+        loss_error = paired_error(*loss_differences(outcome, self.dense))
+        scores = score_differences(outcome, self.dense)
+        score_change, score_error = (None, None) if scores is None else paired_change(*scores)
         predictions = [(work.curves[name], rank - 1) for name, rank in ranks.items()]
         return FrontierPoint(
             keep=sum(work.cost(layer, ranks.get(name)) for name, layer in layers) / work.dense_cost,

@@ -44,12 +44,10 @@ RESERVE = 20.0
 
 
 def paired_change(
-    values: Tensor,  # (pairs,)
-    others: Tensor,  # (pairs,)
+    differences: Tensor,  # (pairs,)
     weights: Tensor,  # (pairs,)
 ) -> tuple[float, float]:
     """Weighted mean of paired differences, and its standard error."""
-    differences = values - others
     return float((differences * weights).sum() / weights.sum()), paired_error(differences, weights)
 
 

@@ -59,7 +59,7 @@ class LossTerms:
             values: shape (batch, t), the terms times their weights, differentiable.
             weights: of the same shape; their signs do not matter.
         """
-        inverse = weights.abs().reciprocal()
+        inverse = weights.detach().abs().reciprocal()
         return cls(values, inverse.masked_fill(weights == 0, 0.0))
 
     @property
@@ -71,7 +71,7 @@ class LossTerms:
     def mean_count(self) -> float:
         """The number of terms per sample."""
         count = torch.as_tensor(self.count, dtype=torch.float64)
-        return float((count != 0).sum(1).double().mean() if count.dim() == 2 else count.mean())
+        return float(count[count > 0].mean() if bool((count > 0).any()) else count.mean())
 
     def scattered(self, generator: torch.Generator) -> Tensor:
         """The terms of every sample added up with random signs, times the root of their number, shape (batch,).

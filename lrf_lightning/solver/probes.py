@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.curves import Prediction, Tails, shrink, tail_moments
-from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate
+from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate, loss_differences
 from lrf_lightning.surgery import replace_module
 
 __all__ = ["Probe", "corrected_curve", "measure_probe", "predicted_probe", "probe_groups", "probe_ranks"]
@@ -124,8 +124,8 @@ def measure_probe(
     finally:
         for name, layer in dense_layers.items():
             replace_module(model, name, layer)
-    differences = outcome.losses - dense.losses
-    share = dense.weights / dense.weights.sum()
+    differences, weights = loss_differences(outcome, dense)
+    share = weights / weights.sum()
     mean = float((share * differences).sum())
     error = float((share.square() * (differences - mean).square()).sum().sqrt())
     return Probe(dict(ranks), *prediction, mean, error)

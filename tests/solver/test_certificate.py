@@ -293,8 +293,26 @@ def test_a_broken_original_is_an_error():
         certify(outcome([1.0, math.nan]), outcome([1.0, 2.0]), Settings())
 
 
+def test_figures_of_samples_are_compared_with_those_of_batches():
+    """A macro accuracy may be the mean of the samples' answers for one of the models only."""
+    sizes = torch.tensor([3.0, 1.0]).double()
+    fine, coarse = (
+        outcome([1.0, 2.0, 3.0, 4.0], [1, 0, 1, 1]),
+        outcome([1.0, 2.0, 3.0, 4.0], [1.0, 0.5], score_weights=sizes),
+    )
+    for dense, compressed, sign in ((fine, coarse, 1), (coarse, fine, -1)):
+        certificate = certify(dense, compressed, Settings())
+        assert certificate.score_change.pairs == 2
+        assert certificate.score_change.mean == pytest.approx(sign * (3 * (1 - 2 / 3) + (0.5 - 1)) / 4)
+        assert certificate.loss_change.pairs == 4
+    losses = Outcome(torch.tensor([2.0, 4.5]).double(), sizes)
+    assert certify(fine, losses, Settings()).loss_change.mean == pytest.approx(0.5 / 4)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        certify(fine, outcome([1.0] * 4, [0.5, 0.5], score_weights=sizes + 1), Settings())
+
+
 def test_outcomes_must_pair_up():
-    with pytest.raises(ValueError, match="2 pairs for the original and 3 for the compressed"):
+    with pytest.raises(ValueError, match="figures for 3 pairs of samples or batches, the other for 2"):
         certify(outcome([1.0, 2.0]), outcome([1.0, 2.0, 3.0]), Settings())
     batches = dataclasses.replace(outcome([1.0, 2.0]), weights=torch.tensor([4.0, 2.0]).double())
     with pytest.raises(ValueError, match="same samples in the same order"):
