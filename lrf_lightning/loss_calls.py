@@ -224,7 +224,7 @@ class LossCall:
         (rows, columns), target = self.input.shape, self.target
         if rows == columns:
             if self._has_classes:
-                return len(target.unique()) == rows
+                return len(torch.unique(target)) == rows
             ones = target == 1
             return target.shape == self.input.shape and bool((ones.sum(0) == 1).all() and (ones.sum(1) == 1).all())
         if not self._has_classes:
