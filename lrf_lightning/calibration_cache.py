@@ -152,7 +152,7 @@ def _code() -> str:
     """A digest of this package's source, which decides what a calibration holds."""
     folder = Path(__file__).parent
     files = [path for name in ("solver", "surgery") for path in sorted((folder / name).glob("*.py"))]
-    files += [folder / f"{name}.py" for name in ("loss_calls", "loss_explanation", "shadows", "step_loss")]
+    files += [folder / f"{name}.py" for name in ("linear_trace", "loss_calls", "loss_explanation", "step_loss")]
     return fingerprint(*(path.read_bytes() for path in files))
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import _reduction, functional
 from torch.overrides import TorchFunctionMode
 
-from lrf_lightning.shadows import Shadows
+from lrf_lightning.linear_trace import LinearTrace
 from lrf_lightning.solver.loss_terms import LossTerms
 
 __all__ = ["LossCall", "LossCalls"]
@@ -66,7 +66,7 @@ class LossCall:
         options: the other arguments by name, those on reduction left out.
         result: what it returned.
         reduction: of its rows to the result.
-        leaf: where the graph of what is made of the result begins, if that is followed.
+        leaf: where the graph of what is made of the result begins, if that is traced.
         steps: length t of sequences whose rows are time-major; 0 if the rows of a sample lie together.
         given: whether the targets are known to be those of the batch.
     """
@@ -217,20 +217,22 @@ class LossCall:
     def _compares_samples(self, size: int) -> bool:
         """Whether the batch's samples are the classes: targets that are none of the batch's, in one of the usual forms.
 
-        That is one of all in every row of a square, the samples' numbers among more, or the first of all others.
+        That is a square of all with all, the samples' numbers among more, or the first of all others.
         """
         if self.given or self.input.dim() != 2 or size < 2 or len(self.input) % size:
             return False
         (rows, columns), target = self.input.shape, self.target
-        if rows == columns:
-            if self._has_classes:
-                return len(torch.unique(target)) == rows
-            ones = target == 1
-            return target.shape == self.input.shape and bool((ones.sum(0) == 1).all() and (ones.sum(1) == 1).all())
+        if rows == columns and not self._has_classes:
+            return target.shape == self.input.shape
         if not self._has_classes:
             return False
-        numbered = columns >= size and bool((target.reshape(-1, size).diff(dim=1) == 1).all())
-        return numbered or (rows == columns + 1 and not bool(target.any()))
+        steps = target.reshape(-1, size).diff(dim=1)
+        numbered = columns >= size and bool((steps == steps[0, 0]).all()) and int(steps[0, 0]) >= 1
+        if numbered and (size > 2 or int(steps[0, 0]) == 1):
+            return True
+        if rows == columns:
+            return len(torch.unique(target)) == rows
+        return rows == columns + 1 and not bool(target.any())
 
     @cached_property
     def _weights(self) -> Tensor | None:
@@ -245,7 +247,7 @@ class LossCall:
             return torch.as_tensor(weight, device=self._rows.device)
         if not self._has_classes:
             return None
-        weights: Tensor = _widened(weight)[self.target if valid is None else self.target.where(valid, 0)]
+        weights: Tensor = _widened(weight)[(self.target if valid is None else self.target.where(valid, 0)).long()]
         return weights if valid is None else weights * valid
 
     def _mean(self, rows: Tensor, weights: Tensor | None, size: int) -> Tensor | None:
@@ -271,22 +273,22 @@ class LossCalls(TorchFunctionMode):
     Of many calls, as of a loss that is computed in parts to save memory, the others are let go with their logits.
 
     Args:
-        traced: whether what is made of the results is followed in :attr:`shadows`.
+        traced: whether what is made of the results is followed in :attr:`trace`.
     """
 
     def __init__(self, *, traced: bool = False) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
-        self.shadows = Shadows() if traced else None
+        self.trace = LinearTrace() if traced else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the function as it is and note it."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs) if self.shadows is None else self.shadows.call(func, args, kwargs)
+        result = func(*args, **kwargs) if self.trace is None else self.trace.call(func, args, kwargs)
         if func in WATCHED:
-            leaf = None if self.shadows is None else self.shadows.start(result)
+            leaf = None if self.trace is None else self.trace.start(result)
             arguments = inspect.signature(func).bind(*args, **kwargs).arguments
             options = {name: value for name, value in arguments.items() if name not in REDUCTION}
             first, second = options.pop("input"), options.pop("target")

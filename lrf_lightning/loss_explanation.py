@@ -2,9 +2,9 @@
 
 :func:`explanation` compares the means of calls with what a step returned: that finds the loss that is one mean.
 :func:`combination` finds sums of several calls, weighted ones too, and means that a step takes itself, over a mask for
-instance. It knows what was made of the calls' results (:mod:`lrf_lightning.shadows`), and so the derivatives of the
-loss by all of them. Where these do not depend on the results or on the model, the loss is the sum of the results times
-its derivatives, if nothing else is added, so that every row's part in it is known.
+instance. It knows what linear function of the calls' results the loss is (:mod:`lrf_lightning.linear_trace`), and so
+its derivatives by all of them. If nothing else is added, it is the sum of the results times these, so that every row's
+part in it is known.
 
 :class:`ExplainedLoss` finds the terms of a user's own ``loss(model, batch)``.
 """
@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning.loss_calls import LossCall, LossCalls
-from lrf_lightning.shadows import is_linear
 from lrf_lightning.solver.batch_contents import batch_size, tensors
 from lrf_lightning.solver.evaluation import LossFunction, StepOutput
 from lrf_lightning.solver.loss_terms import LossTerms
 
-__all__ = ["Combination", "ExplainedLoss", "Explanation", "combination", "explanation"]
+__all__ = ["Combination", "ExplainedLoss", "Explanation", "combination", "explanation", "was_compiling"]
 
 
 class Explanation(NamedTuple):
@@ -104,29 +103,46 @@ def combination(
         loss: shape (), the mean over the batch.
         shadow: that of the loss, of one entry.
         size: samples in the batch.
-        check: whether to look for factors that depend on the results, or on anything else that requires a gradient.
+        check: whether to compare the gradients of what is found with those of the loss.
     """
     known = [(call, call.leaf) for call in calls if call.leaf is not None]
-    if not known or shadow is None or not shadow.requires_grad or (check and not is_linear(shadow)):
+    if not known or shadow is None:
         return None
     try:
         leaves, one = [leaf for _, leaf in known], torch.ones_like(shadow)
-        slopes = torch.autograd.grad(shadow, leaves, one, retain_graph=True, create_graph=check, allow_unused=True)
+        slopes = torch.autograd.grad(shadow, leaves, one, retain_graph=True, allow_unused=True)
         used = [(call, slope) for (call, _), slope in zip(known, slopes, strict=True) if slope is not None]
-        if not used or any(slope.requires_grad for _, slope in used):
-            return None
         parts = [call.weighted(size, slope * call.share * size) for call, slope in used]
     except Exception:  # what was called in a function transform or a compiled region cannot be called again
         return None
     found = [part for part in parts if part is not None]
-    if len(found) < len(parts):
+    if len(found) < len(parts) or not found:
         return None
     rows, weights = (torch.cat(values, 1) for values in zip(*found, strict=True))
     losses = rows.sum(1)
-    if not _adds_up(used, losses, loss):
+    if not _adds_up(used, losses, loss) or (check and not _has_gradients_of(loss, losses, used)):
         return None
     plain = len(used) == 1 and used[0][0].reduction == "mean" and bool((used[0][1] == 1).all())
     return Combination(losses, LossTerms.weighted(rows, weights), [call for call, _ in used], plain)
+
+
+def _has_gradients_of(loss: Tensor, losses: Tensor, used: Sequence[tuple[LossCall, Tensor]]) -> bool:
+    """Whether losses per sample change with the calls' inputs as the loss does.
+
+    Factors may depend on the same inputs, and functions with a backward pass of their own may pretend to be others.
+    """
+    inputs = [call.input for call, _ in used if call.input.requires_grad]
+    if not (inputs and loss.requires_grad and losses.requires_grad):
+        return True
+    both = (
+        torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for value in (loss, losses.mean())
+    )
+    coarse = max(torch.finfo(x.dtype).eps for x in (loss, *inputs))
+    return all(
+        not torch.isfinite(real).all() or float((real - own).norm()) <= max(1e-3, 4 * coarse) * float(real.norm())
+        for real, own in zip(*both, strict=True)
+    )
 
 
 def _adds_up(used: Sequence[tuple[LossCall, Tensor]], losses: Tensor, loss: Tensor) -> bool:
@@ -171,7 +187,7 @@ class ExplainedLoss:
             with LossCalls() as watch:
                 output = self.loss(model, batch)
         except Exception as error:
-            if not _was_compiling(error):
+            if not was_compiling(error):
                 raise
             self._plain = True  # code that is compiled further down may not bear being watched
             return self.loss(model, batch)
@@ -187,7 +203,8 @@ class ExplainedLoss:
         return output
 
 
-def _was_compiling(error: BaseException) -> bool:
+def was_compiling(error: BaseException) -> bool:
+    """Whether an error comes from torch's compiler."""
     frames = traceback.extract_tb(error.__traceback__)
     return any("torch/_dynamo" in Path(frame.filename).as_posix() for frame in frames)
 

@@ -31,7 +31,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
 from lrf_lightning.loss_calls import LossCall
-from lrf_lightning.loss_explanation import Combination, combination, explanation
+from lrf_lightning.loss_explanation import Combination, combination, explanation, was_compiling
 from lrf_lightning.random_state import preserved
 from lrf_lightning.solver.batch_contents import batch_size, own_copy, tensors
 from lrf_lightning.solver.evaluation import StepOutput, evaluation_mode
@@ -211,9 +211,8 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
             problems.append(f"{step} is not defined" if not is_overridden(step, module) else f"{step} cannot be used")
             continue
         try:
-            with _grad_everywhere(module):
-                size, given = batch_size(batch), list(tensors(batch))
-                record = run_step(module, step, own_copy(batch), traced=True)
+            size, given = batch_size(batch), list(tensors(batch))
+            record = _first_record(module, step, batch)
         except Exception as error:  # a step may depend on state that only training has: the other one is tried
             logger.debug("%s failed outside of a fit", step, exc_info=True)
             problems.append(f"{step} raised {type(error).__name__}: {error}")
@@ -224,13 +223,25 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
             if loss is not None and loss.requires_grad:
                 if problems and is_overridden("validation_step", module):
                     rank_zero_warn(f"The loss is taken from {step} ({place}), since {'; '.join(problems)}")
-                found = _combination(record, loss, size, given, check=True)
+                with torch.enable_grad():
+                    found = _combination(record, loss, size, given, check=True)
                 return _Source(step, place, combined=found is not None and not found.is_mean)
         problems.append(f"{step} returned {_described(record.returned)}{_ambiguous(step, record)}")
     raise ValueError(
         f"no step of {type(module).__name__} gives a floating-point scalar loss that gradients flow through "
         f"({'; '.join(problems)}). Return the loss from validation_step, or pass loss=a callable (module, batch)"
     ) from cause
+
+
+def _first_record(module: LightningModule, step: str, batch: Any) -> StepRecord:
+    """A step with gradients everywhere, traced unless code that is compiled does not bear that."""
+    with _grad_everywhere(module):
+        try:
+            return run_step(module, step, own_copy(batch), traced=True)
+        except Exception as error:
+            if not was_compiling(error):
+                raise
+            return run_step(module, step, own_copy(batch))
 
 
 def _places(step: str, record: StepRecord) -> Iterator[str]:
@@ -298,10 +309,10 @@ def _required_loss(record: StepRecord, source: _Source) -> Tensor:
 def _combination(
     record: StepRecord, loss: Tensor, size: int, given: list[Tensor], *, check: bool = False
 ) -> Combination | None:
-    if record.shadows is None or loss.numel() != 1:
+    if record.trace is None or loss.numel() != 1:
         return None
     calls = [call.arranged(size, given) for call in record.calls]
-    return combination(calls, loss.reshape(()), record.shadows.of(loss), size, check=check)
+    return combination(calls, loss.reshape(()), record.trace.shadow_of(loss), size, check=check)
 
 
 def _output(record: StepRecord, source: _Source, size: int, given: list[Tensor]) -> StepOutput:
@@ -326,8 +337,12 @@ def _output(record: StepRecord, source: _Source, size: int, given: list[Tensor])
 
 def _only_accuracy(calls: Iterable[LossCall], size: int) -> Tensor | None:
     """That of the one classification among the calls."""
-    scores = [score for call in calls if (score := call.correct(size)) is not None]
-    return scores[0] if len(scores) == 1 else None
+    scores = []
+    for call in calls:
+        with suppress(Exception):  # what was called in a function transform cannot be looked at
+            scores.append(call.correct(size))
+    known = [score for score in scores if score is not None]
+    return known[0] if len(known) == 1 else None
 
 
 def _with_score(output: StepOutput, score: Tensor) -> StepOutput:

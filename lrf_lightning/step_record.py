@@ -21,8 +21,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
+from lrf_lightning.linear_trace import LinearTrace
 from lrf_lightning.loss_calls import LossCall, LossCalls
-from lrf_lightning.shadows import Shadows
 
 __all__ = ["StepRecord", "run_step"]
 
@@ -39,14 +39,14 @@ class StepRecord:
         logged: the values it logged by name; the metric object that was asked for is computed.
         calls: the watched loss functions that it called.
         batch_size: what it told ``log`` about the size of the batch, None for nothing.
-        shadows: what was made of the calls' results, None if they were not traced.
+        trace: what was made of the calls' results, None if they were not traced.
     """
 
     returned: Any
     logged: dict[str, Any]
     calls: list[LossCall]
     batch_size: int | None = None
-    shadows: Shadows | None = None
+    trace: LinearTrace | None = None
 
 
 def run_step(
@@ -80,7 +80,7 @@ def run_step(
         if name is not None and isinstance(logged[name], Metric):
             with torch.no_grad():
                 logged[name] = logged[name].compute()
-    return StepRecord(returned, logged, watch.calls, sizes[0] if sizes else None, watch.shadows)
+    return StepRecord(returned, logged, watch.calls, sizes[0] if sizes else None, watch.trace)
 
 
 def _indices(method: Callable[..., Any]) -> list[int]:

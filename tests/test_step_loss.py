@@ -169,6 +169,19 @@ class TestSources:
         output = StepLoss()(Beside(), batch)
         assert output.loss.shape == output.score.shape == (8,)
 
+    def test_compiled_code_that_gets_losses_is_not_traced(self, batch):
+        class Mixed(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.mix = torch.compile(lambda a, b: a + 0.1 * b.mean(), backend="eager")
+
+            def loss(self, batch):
+                logits = self.net(batch[0])
+                return self.mix(functional.cross_entropy(logits, batch[1]), logits.square())
+
+        module = Mixed()
+        torch.testing.assert_close(StepLoss()(module, batch).loss, module.loss(batch))
+
     def test_nothing_of_the_trace_stays_in_the_module(self, batch):
         class Keeps(Classifier):
             def __init__(self):

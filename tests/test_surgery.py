@@ -140,6 +140,16 @@ class TestFindLayers:
                 super().__init__(8, 8)
                 self.register_buffer("offset", torch.zeros(8))
 
+        class Private(Begun):
+            def __init__(self):
+                super().__init__(8)
+                self._scale = 2.0
+
+        class Static(nn.Linear):
+            @staticmethod
+            def forward(x):
+                return x
+
         class Mixin:
             def __call__(self, x):
                 return x
@@ -148,9 +158,12 @@ class TestFindLayers:
             pass
 
         torch.manual_seed(0)
-        model = nn.Sequential(Begun(8), Scaled(), Parent(4, 4, 3), Extra(), Mixed(9, 9))
-        model[0]._mark, model[0].forward = "of a library", model[0].forward
+        model = nn.Sequential(Begun(8), Scaled(), Parent(4, 4, 3), Extra(), Mixed(9, 9), Private(), Static(8, 8))
+        model[0]._is_hf_initialized = True
         assert names(model) == ["0"]
+        model[0].forward = model[0].forward
+        assert low_rank_type(model[0]) is LowRankLinear, "the solver may be observing it"
+        assert reasons(model)["0"] == "Begun is not supported", "but a user may have replaced it"
         del model[0].forward
         assert reasons(model)["1"] == "Scaled is not supported"
         (candidate,), _ = find_layers(model)

@@ -61,6 +61,8 @@ LINEAR = frozenset(
         "transformers.models.falcon.modeling_falcon.FalconLinear",
     }
 )
+# what others leave on any layer: transformers and timm their marks, the solver a forward that observes
+MARKS = frozenset({"_is_hf_initialized", "_no_weight_decay", "_no_reinit", "forward"})
 # what a subclass may define without being another layer: how it is made, and what Python writes into every class
 HARMLESS = frozenset(
     {"__init__", "reset_parameters", "extra_repr", "__repr__", "__constants__", "__doc__", "__module__", "__qualname__"}
@@ -92,11 +94,15 @@ def _acts_as(module: nn.Module, base: type[nn.Module]) -> bool:
     if kind is base:
         return True
     classes = [cls for cls in kind.__mro__ if cls not in base.__mro__]
-    changed = {name for cls in classes for name, value in vars(cls).items() if not isinstance(value, staticmethod)}
+    changed = {
+        name
+        for cls in classes
+        for name, value in vars(cls).items()
+        if hasattr(base, name) or not isinstance(value, staticmethod)
+    }
     return (
         changed <= HARMLESS
-        # observing a layer may shadow its forward, and libraries mark layers with private names
-        and {name for name in vars(module) if not name.startswith("_")} <= ATTRIBUTES[base] | {"forward"}
+        and vars(module).keys() <= ATTRIBUTES[base] | MARKS
         and module._parameters.keys() <= {"weight", "bias"}
         and not module._buffers
         and not module._modules
@@ -112,7 +118,7 @@ def kind_objection(module: nn.Module) -> str | None:
     if is_quantized(module):
         return "is quantized"
     kind = low_rank_type(module)
-    if kind is None:
+    if kind is None or (type(module) not in LOW_RANK_OF and "forward" in vars(module)):
         return _unsupported(module)
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (remove weight norm, spectral norm or pruning first)"
