@@ -134,10 +134,13 @@ def _has_gradients_of(loss: Tensor, losses: Tensor, used: Sequence[tuple[LossCal
     inputs = [call.input for call, _ in used if call.input.requires_grad]
     if not (inputs and loss.requires_grad and losses.requires_grad):
         return True
-    both = (
-        torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
-        for value in (loss, losses.mean())
-    )
+    try:
+        both = [
+            torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for value in (loss, losses.mean())
+        ]
+    except RuntimeError:  # the step has changed in place what a gradient needs
+        return False
     coarse = max(torch.finfo(x.dtype).eps for x in (loss, *inputs))
     return all(
         not torch.isfinite(real).all() or float((real - own).norm()) <= max(1e-3, 4 * coarse) * float(real.norm())

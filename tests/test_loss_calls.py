@@ -216,7 +216,7 @@ class TestContrastiveLosses:
             "relations",
         ],
     )
-    def test_have_no_losses_per_sample(self, call, size):  # fmt: skip
+    def test_have_no_losses_per_sample(self, call, size):
         result, (found,) = watched(lambda: call(size))
         found = found.arranged(size, [torch.randn(size, 5)])
         assert found.per_sample(size) is None

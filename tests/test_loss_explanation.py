@@ -277,6 +277,21 @@ def test_factors_that_are_not_constant(loss):
     assert combination(calls, result, shadow, 6, check=True) is None
 
 
+def test_what_was_changed_in_place_is_left_alone():
+    logits = LOGITS.clone().requires_grad_()
+
+    def loss():
+        scores = logits * 2
+        total = 2 * functional.mse_loss(scores, OTHER)
+        scores.detach().mul_(1)
+        return total
+
+    result, calls, shadow = traced(loss)
+    with pytest.raises(RuntimeError, match="inplace"):
+        torch.autograd.grad(result, logits, retain_graph=True)
+    assert combination(calls, result, shadow, 6, check=True) is None
+
+
 def test_parts_that_nearly_cancel():
     for scale in (1.0, 1.02, 1.0002):
         result, calls, shadow = traced(
