@@ -64,15 +64,14 @@ class LinearTrace:
         """Call a function as it is, and with shadows where arguments have them."""
         if not len(self._known):
             return function(*args, **kwargs)
-        known = [tensor for tensor in _tensors((*args, *kwargs.values())) if tensor in self._known]
-        if not known:
+        if not any(tensor in self._known for tensor in _tensors((*args, *kwargs.values()))):
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         changes = name in {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"} or (
             name.endswith("_") and not name.endswith("__")
         )
         # first, because the function may change its arguments
-        shadow = self._shadow(function, name, args, kwargs, changes) if self._is_linear(name, args, kwargs) else None
+        shadow = self._shadow(function, args, kwargs, changes) if self._is_linear(name, args, kwargs) else None
         result = function(*args, **kwargs)
         if name not in INDEPENDENT:
             made = list(_tensors((args[0] if changes and args else result,)))
@@ -96,7 +95,7 @@ class LinearTrace:
         return name in PRODUCTS and constant and len(followed) == 1
 
     def _shadow(
-        self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: bool
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: bool
     ) -> Any:
         """What the function makes of shadows; its plain arguments are not changed."""
         try:

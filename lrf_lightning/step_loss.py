@@ -223,8 +223,9 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
             if loss is not None and loss.requires_grad:
                 if problems and is_overridden("validation_step", module):
                     rank_zero_warn(f"The loss is taken from {step} ({place}), since {'; '.join(problems)}")
+                calls = [call.arranged(size, given) for call in record.calls]
                 with torch.enable_grad():
-                    found = _combination(record, loss, size, given, check=True)
+                    found = _combination(record, calls, loss, size, check=True)
                 return _Source(step, place, combined=found is not None and not found.is_mean)
         problems.append(f"{step} returned {_described(record.returned)}{_ambiguous(step, record)}")
     raise ValueError(
@@ -307,11 +308,10 @@ def _required_loss(record: StepRecord, source: _Source) -> Tensor:
 
 
 def _combination(
-    record: StepRecord, loss: Tensor, size: int, given: list[Tensor], *, check: bool = False
+    record: StepRecord, calls: list[LossCall], loss: Tensor, size: int, *, check: bool = False
 ) -> Combination | None:
     if record.trace is None or loss.numel() != 1:
         return None
-    calls = [call.arranged(size, given) for call in record.calls]
     return combination(calls, loss.reshape(()), record.trace.shadow_of(loss), size, check=check)
 
 
@@ -327,7 +327,7 @@ def _output(record: StepRecord, source: _Source, size: int, given: list[Tensor])
         target = None if logits is None else found.call.target
         terms = found.terms(size) if finite else None
         return StepOutput(found.losses, found.call.correct(size), logits, target, terms)
-    summed = _combination(record, found_loss, size, given) if source.combined else None
+    summed = _combination(record, calls, found_loss, size) if source.combined else None
     if summed is None:
         return StepOutput(loss, _only_accuracy(calls, size))
     score = _only_accuracy(summed.calls, size)
