@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: if the config asks for something that cannot be.
     """
     _check(cfg)
+    with _threads(cfg.threads):
+        return _run(cfg)
+
+
+def _run(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     seed_everything(cfg.seed, workers=True)
     offline_without_account()
     datamodule: LightningDataModule = instantiate(cfg.data)
@@ -83,6 +89,17 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
         _finish_wandb()
     _say(f"Everything that was written is in {cfg.paths.output_dir}")
     return _objective(metrics, cfg.optimized_metric)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch use as many threads on the CPU; the next job of a multirun may be another recipe."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(
@@ -167,6 +184,8 @@ def _check(cfg: DictConfig) -> None:
     missing = " ".join(f"{name}=VALUE" for name in sorted(cfg) if OmegaConf.is_missing(cfg, name))
     if missing:
         raise ValueError(f"{missing} is missing; what it means is said in conf/recipe/{cfg.task_name}.yaml")
+    if cfg.threads is not None and not (isinstance(cfg.threads, int) and cfg.threads > 0):
+        raise ValueError(f"threads={cfg.threads!r} is no number of threads; give 1 or more, or null")
     if not cfg.train and not cfg.pretrained and cfg.ckpt_path is None:
         raise ValueError("train=false needs a trained model; add ckpt_path=PATH of a checkpoint")
 

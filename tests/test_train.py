@@ -75,6 +75,31 @@ def test_trains_compresses_tests_and_reloads(composed, tmp_path, capsys):
     assert objects["trainer"].global_step == 0
 
 
+def test_the_small_recipe_uses_one_thread_and_the_next_job_as_many_as_before(composed, monkeypatch):
+    before, used = torch.get_num_threads(), []
+
+    def run(cfg):
+        used.append(torch.get_num_threads())
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(application, "_run", run)
+    torch.set_num_threads(2)
+    try:
+        for override in ("recipe=digits", "threads=3", "threads=null"):
+            with pytest.raises(RuntimeError, match="stopped"):
+                application.train(composed(override))
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert used == [1, 3, 2]
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "many", "1.5"])
+def test_number_of_threads_that_cannot_be(composed, threads):
+    with pytest.raises(ValueError, match=r"threads=.* is no number of threads; give 1 or more, or null"):
+        application.train(composed(f"threads={threads}"))
+
+
 def test_without_compression_nothing_is_said_about_it(composed, capsys):
     small = [override for override in TINY if "compress" not in override]
     metrics, objects = application.train(composed(*small, "logger=none", "callbacks=none"))
