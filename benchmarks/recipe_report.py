@@ -1,25 +1,32 @@
-"""Tables and picture of :mod:`benchmarks.recipes`: its sections of ``RESULTS.md`` and ``recipes.png``."""
+"""Tables of :mod:`benchmarks.recipes`: its sections of ``RESULTS.md``, with the picture beside them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from benchmarks.recipe_figures import (
+    METHODS,
+    NAMES,
+    Rows,
+    in_points,
+    is_share,
+    percent_kept,
+    rows_of,
+    score_factor,
+    score_name,
+    seeds_of,
+    tested_score_name,
+)
+from benchmarks.recipe_picture import picture
 from benchmarks.results import read_rows, write_section
-from lrf_lightning.plot_style import BLUE, GREEN, GREY, ORANGE, symmetric_log, to_png
+from lrf_lightning.plot_style import to_png
 from lrf_lightning.report_cells import scaled
 
 __all__ = ["write_report"]
 
-Rows = Sequence[dict[str, str]]
-CURVES = {"plain SVD": (GREY, "s"), "activation-whitened SVD": (ORANGE, "^"), "frontier": (BLUE, "o")}
-NAMES = {"frontier": "this package"}
 GOOD = ("better", "not worse")
-COLUMNS = 4  # recipes beside each other
 
 
 def write_report(recipe: str, folder: Path) -> None:
@@ -34,7 +41,7 @@ def write_report(recipe: str, folder: Path) -> None:
     if recipe not in every:
         return
     results = folder / "RESULTS.md"
-    (folder / "recipes.png").write_bytes(to_png(_picture(every)))
+    (folder / "recipes.png").write_bytes(to_png(picture(every)))
     write_section(results, "Recipes", _overview(every))
     write_section(results, f"Recipe {recipe}", _section(recipe, every[recipe]))
 
@@ -49,8 +56,8 @@ def _overview(every: dict[str, Rows]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, rows in every.items():
-        cells = [_entries(_of(rows, method)) for method in ("lossless", "compact")]
-        smallest = [row for seed in _seeds(rows) for row in _smallest_good(_of(rows, "frontier", seed))]
+        cells = [_entries(rows_of(rows, method)) for method in ("lossless", "compact")]
+        smallest = [row for seed in seeds_of(rows) for row in _smallest_good(rows_of(rows, "frontier", seed))]
         before = rows[0]["params_model_before"]
         lines.append(f"| {name} | {int(before):,} | {cells[0]} | {cells[1]} | {_entries(smallest)} |")
     return "\n".join([*lines, "", "![recipes](recipes.png)"])
@@ -61,25 +68,12 @@ def _entries(rows: Rows) -> str:
 
 
 def _removed(row: dict[str, str]) -> str:
-    return f"{100 - _percent_kept(row):.1f} % ({100 - _percent_kept(row, 'layers'):.1f} %)"
-
-
-def _percent_kept(row: dict[str, str], what: str = "model") -> float:
-    return 100 * float(row[f"params_{what}_after"]) / float(row[f"params_{what}_before"])
+    return f"{100 - percent_kept(row):.1f} % ({100 - percent_kept(row, 'layers'):.1f} %)"
 
 
 def _smallest_good(rows: Rows) -> list[dict[str, str]]:
     good = [row for row in rows if row["verdict"] in GOOD]
-    return [min(good, key=_percent_kept)] if good else []
-
-
-def _seeds(rows: Rows) -> list[str]:
-    return sorted({row["seed"] for row in rows}, key=int)
-
-
-def _of(rows: Rows, method: str, seed: str | None = None) -> list[dict[str, str]]:
-    found = [row for row in rows if row["method"] == method and seed in (None, row["seed"])]
-    return sorted(found, key=lambda row: (int(row["seed"]), -float(row["keep"] or 0)))
+    return [min(good, key=percent_kept)] if good else []
 
 
 def _section(recipe: str, rows: Rows) -> str:
@@ -87,7 +81,7 @@ def _section(recipe: str, rows: Rows) -> str:
     days = sorted({row["date"] for row in rows})
     samples = ", ".join(f"{int(first[f'samples_{split}']):,} {split}" for split in ("calibration", "selection"))
     lines = [
-        f"`python -m benchmarks.recipes {_options(recipe, first)} --seeds {' '.join(_seeds(rows))}`, "
+        f"`python -m benchmarks.recipes {_options(recipe, first)} --seeds {' '.join(seeds_of(rows))}`, "
         f"{' to '.join(sorted({days[0], days[-1]}))}, "
         f"{'; '.join(sorted({row['machine'] for row in rows}))}. {samples} and "
         f"{int(first['samples_verification']):,} verification samples. {_load(rows)}",
@@ -112,13 +106,13 @@ def _load(rows: Rows) -> str:
 
 def _dense_table(rows: Rows) -> list[str]:
     """The original of every seed, on the verification and the test split."""
-    name = _score_name(rows)
+    name = score_name(rows)
     lines = [
         f"| original, seed | parameters | factorizable | loss | at its best temperature | {name} | test loss "
-        f"| test {_test_score_name(rows)} | training, s | of a processor, s |",
+        f"| test {tested_score_name(rows)} | training, s | of a processor, s |",
         "|---" * 10 + "|",
     ]
-    for seed in _seeds(rows):
+    for seed in seeds_of(rows):
         row = next(row for row in rows if row["seed"] == seed)
         cells = [seed, f"{int(row['params_model_before']):,}", f"{int(row['params_layers_before']):,}"]
         cells += [_number(row[key]) for key in ("loss_dense", "loss_dense_scaled", "score_dense")]
@@ -128,37 +122,24 @@ def _dense_table(rows: Rows) -> list[str]:
     return [*lines, ""]
 
 
-def _score_name(rows: Rows) -> str:
-    return next((row["score_name"] for row in rows if row["score_name"]), "score")
-
-
-def _test_score_name(rows: Rows) -> str:
-    """The score that the recipe logs for the test split, which may be another one than that of the verdict."""
-    return next((row["test_score_name"] for row in rows if row["test_score_name"]), "score")
-
-
-def _is_share(name: str) -> bool:
-    return name in ("accuracy", "acc")
-
-
 def _objective_table(rows: Rows) -> list[str]:
     """Lossless and compact of every seed, and both baselines at the size of ours."""
-    if not any(_of(rows, objective) for objective in ("lossless", "compact")):
+    if not any(rows_of(rows, objective) for objective in ("lossless", "compact")):
         return []
-    name = _score_name(rows) + (", points" if _in_points(rows) else "")
+    name = score_name(rows) + (", points" if in_points(rows) else "")
     lines = [
         "Change on the verification split, with the one-sided 95 % bound that matters; baselines at the same share of "
         "the factorizable layers.",
         "",
         f"| seed | method | removed, model (layers) | loss | bound | at best temperature | {name} | bound | verdict "
-        f"| test loss | test {_test_score_name(rows)} | FLOPs of the layers | solve, s |",
+        f"| test loss | test {tested_score_name(rows)} | FLOPs of the layers | solve, s |",
         "|---" * 13 + "|",
     ]
-    for seed in _seeds(rows):
+    for seed in seeds_of(rows):
         for objective in ("lossless", "compact"):
-            for row in _of(rows, objective, seed):
+            for row in rows_of(rows, objective, seed):
                 lines.append(_objective_line(row, objective))
-                equal = [_equal(_of(rows, method, seed), row) for method in CURVES if method != "frontier"]
+                equal = [_equal(rows_of(rows, method, seed), row) for method in METHODS if method != "frontier"]
                 lines += [_objective_line(other, f"- {other['method']}") for other in equal if other]
     return [*lines, ""]
 
@@ -172,7 +153,7 @@ def _equal(rows: Rows, ours: dict[str, str]) -> dict[str, str] | None:
 
 def _objective_line(row: dict[str, str], method: str) -> str:
     scaled_change = _difference(row, "loss_compressed_scaled", "loss_dense_scaled")
-    factor = _factor([row])
+    factor = score_factor([row])
     cells = [
         row["seed"],
         method,
@@ -184,7 +165,7 @@ def _objective_line(row: dict[str, str], method: str) -> str:
         _signed(row["score_change_lower"], factor),
         row["verdict"],
         _difference(row, "test_loss", "test_loss_dense"),
-        _difference(row, "test_score", "test_score_dense", 100.0 if _is_share(_test_score_name([row])) else 1.0),
+        _difference(row, "test_score", "test_score_dense", 100.0 if is_share(tested_score_name([row])) else 1.0),
         _ratio(row, "flops_layers"),
         _number(row["solve_seconds"], 0),
     ]
@@ -220,21 +201,21 @@ def _speed_table(rows: Rows) -> list[str]:
 def _size_table(rows: Rows) -> list[str]:
     """All methods at the budgets of the frontier, means over the seeds."""
     budgets = sorted({row["keep"] for row in rows if row["method"] == "frontier"}, key=float, reverse=True)
-    unit = "points" if _in_points(rows) else "units"
+    unit = "points" if in_points(rows) else "units"
     lines = [
-        f"At equal size: change of the loss / of the {_score_name(rows)} in {unit} on the verification split, means "
+        f"At equal size: change of the loss / of the {score_name(rows)} in {unit} on the verification split, means "
         "over the seeds, and how many of them are `better` or `not worse`. The last columns are about this package: "
         "the same changes on the test split as far as it was run, operations of the model, and times as fast as the "
         "original in eager mode, with the outermost ends of the seeds' 95 % intervals, which are wide where other "
         "programs ran meanwhile.",
         "",
-        f"| kept of the layers | parameters of the model | {' | '.join(NAMES.get(name, name) for name in CURVES)} "
-        f"| test loss / {_test_score_name(rows)} | FLOPs of the model | batch 1 | large batch |",
-        "|---" * (len(CURVES) + 6) + "|",
+        f"| kept of the layers | parameters of the model | {' | '.join(NAMES.get(name, name) for name in METHODS)} "
+        f"| test loss / {tested_score_name(rows)} | FLOPs of the model | batch 1 | large batch |",
+        "|---" * (len(METHODS) + 6) + "|",
     ]
     for budget in budgets:
-        cells = [[row for row in rows if row["method"] == method and row["keep"] == budget] for method in CURVES]
-        ours = cells[list(CURVES).index("frontier")]
+        cells = [[row for row in rows if row["method"] == method and row["keep"] == budget] for method in METHODS]
+        ours = cells[METHODS.index("frontier")]
         params = _mean([float(row["params_model_after"]) for row in ours])
         more = [_mean_test(ours), *_mean_cells(ours)]
         lines.append(f"| {budget} | {params:,.0f} | {' | '.join([*map(_mean_cell, cells), *more])} |")
@@ -243,7 +224,7 @@ def _size_table(rows: Rows) -> list[str]:
 
 def _mean_test(rows: Rows) -> str:
     """Mean changes of the loss and of the score on the test split, where that was seen."""
-    factor = 100.0 if _is_share(_test_score_name(rows)) else 1.0
+    factor = 100.0 if is_share(tested_score_name(rows)) else 1.0
     means = [_mean_change(_with(rows, f"test_{kind}"), f"test_{kind}") for kind in ("loss", "score")]
     if math.isnan(means[0]):
         return "-"
@@ -276,17 +257,9 @@ def _mean_cell(rows: Rows) -> str:
         return "-"
     text = f"{_mean([float(row['loss_change']) for row in rows]):+.4f}"
     if rows[0]["score_change"]:
-        text += f" / {_factor(rows) * _mean([float(row['score_change']) for row in rows]):+.2f}"
+        text += f" / {score_factor(rows) * _mean([float(row['score_change']) for row in rows]):+.2f}"
     good = sum(row["verdict"] in GOOD for row in rows)
     return f"{text} ({good} of {len(rows)})"
-
-
-def _in_points(rows: Rows) -> bool:
-    return _is_share(_score_name(rows))
-
-
-def _factor(rows: Rows) -> float:
-    return 100.0 if _in_points(rows) else 1.0
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -308,52 +281,3 @@ def _difference(row: dict[str, str], after: str, before: str, factor: float = 1.
 def _ratio(row: dict[str, str], name: str) -> str:
     before, after = row[f"{name}_before"], row[f"{name}_after"]
     return f"{100 * float(after) / float(before):.0f} %" if before and after else "-"
-
-
-def _picture(every: dict[str, Rows]) -> Figure:
-    """Change of loss and score over the share of the whole model's parameters, a column per recipe."""
-    across = min(len(every), COLUMNS)
-    bands = math.ceil(len(every) / across)
-    figure = Figure(figsize=(max(3.1 * across, 5), 0.4 + 4.6 * bands), layout="constrained")
-    axes = figure.subplots(2 * bands, across, squeeze=False)
-    for place, (name, rows) in enumerate(every.items()):
-        band, column = divmod(place, across)
-        loss, score = axes[2 * band][column], axes[2 * band + 1][column]
-        factor = _factor(rows)
-        margin = max(float(row["loss_margin"]) for row in rows)
-        _panel(loss, rows, lambda row: float(row["loss_change"]), margin)
-        scored = [row for row in rows if row["score_change"]]
-        if scored:
-            fall = -factor * float(scored[0]["score_margin"])
-            _panel(score, scored, lambda row, factor=factor: factor * float(row["score_change"]), fall)
-        loss.set_title(name)
-        score.set_xlabel("parameters of the model kept, %", fontsize=8)
-        if column == 0:
-            loss.set_ylabel("change of the loss")
-        score.set_ylabel(f"{_score_name(rows)}, points" if factor > 1 else _score_name(rows))
-    for empty in range(len(every), across * bands):
-        for row in range(2):
-            axes[2 * (empty // across) + row][empty % across].set_visible(False)
-    marks = axes[0][0].get_legend_handles_labels()
-    figure.legend(*marks, loc="outside upper center", ncols=3 if across > 1 else 2, frameon=False)
-    return figure
-
-
-def _panel(ax: Axes, rows: Rows, value: Callable[[dict[str, str]], float], margin: float) -> None:
-    ax.axhline(0, color=GREY, linewidth=1)
-    ax.axhline(margin, color=GREEN, linestyle="--", linewidth=1, label="margin of the verdict")
-    ours = [value(row) for row in _of(rows, "frontier")]
-    for method, (colour, marker) in CURVES.items():
-        for index, seed in enumerate(_seeds(rows)):
-            found = _of(rows, method, seed)
-            label = NAMES.get(method, method) if index == 0 else None
-            x, y = [_percent_kept(row) for row in found], [value(row) for row in found]
-            ax.plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1, alpha=0.8, label=label)
-    chosen = [row for row in _of(rows, "compact") if row["verdict"] != "unchanged"]
-    if chosen:
-        ax.plot(
-            [_percent_kept(row) for row in chosen],
-            [value(row) for row in chosen],
-            linestyle="none", marker="*", markersize=9, color=GREEN, label="compact",
-        )  # fmt: skip
-    symmetric_log(ax.yaxis, [*ours, *(value(row) for row in rows)], abs(margin))

@@ -163,7 +163,7 @@ def _adds_up(used: Sequence[tuple[LossCall, Tensor]], losses: Tensor, loss: Tens
     coarse = max(torch.finfo(leaf.dtype).eps for leaf, _ in leaves)
     exact = max(1e-4, 4 * torch.finfo(loss.dtype).eps, coarse)
     total = float(sum(part.sum() for part in parts))
-    close = abs(total - float(loss)) <= exact * size + 1e-9
+    close = abs(total - float(loss.detach())) <= exact * size + 1e-9
     return close and abs(float(losses.detach().double().mean()) - total) <= max(1e-4, 4 * coarse) * size + 1e-9
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -236,7 +237,9 @@ def _decide(module: LightningModule, batch: Any) -> _Source:
 
 def _first_record(module: LightningModule, step: str, batch: Any) -> StepRecord:
     """A step with gradients everywhere, traced unless code that is compiled does not bear that."""
-    with _grad_everywhere(module):
+    with _grad_everywhere(module), warnings.catch_warnings():
+        # torch says it once, of float(loss) for instance, which is harmless in a validation_step: it has no gradients
+        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
         try:
             return run_step(module, step, own_copy(batch), traced=True)
         except Exception as error:

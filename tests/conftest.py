@@ -15,6 +15,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+torch.set_warn_always(True)  # what users would be warned of once, whatever ran before
 
 LEAKY = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 
 from lrf_lightning import StepOutput
-from lrf_lightning.step_loss import StepLoss
+from lrf_lightning.step_loss import StepLoss, _first_record
 
 
 @pytest.fixture
@@ -334,6 +334,19 @@ class TestSources:
         (gradient,) = torch.autograd.grad(loss, module.net[4].weight)
         assert gradient.abs().sum() > 0
         assert [p.requires_grad for p in module.parameters()] == [False] * 4 + [True, False]
+
+    def test_a_number_made_of_the_loss_is_no_reason_for_a_warning(self, batch):
+        """Torch warns of it once in a process, and without a solver there is no gradient in a validation step."""
+
+        class Keeps(Classifier):
+            def validation_step(self, batch, batch_idx):
+                loss = self.loss(batch)
+                self.log("val/best", min(float(loss), 10.0))
+                self.log("val/loss", loss)
+
+        record = _first_record(Keeps(), "validation_step", batch)
+        assert record.logged["val/loss"].requires_grad
+        assert record.logged["val/best"] == pytest.approx(record.logged["val/loss"].item())
 
     def test_decided_without_gradients(self, batch):
         module = Classifier()

@@ -142,6 +142,8 @@ def test_command(project, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Test split: only reported" in done.stdout
+    assert "UserWarning" not in done.stderr
+    assert "requires_grad" not in done.stderr
     (output,) = (tmp_path / "outputs" / "digits").iterdir()
     assert f"was written is in {output}" in done.stdout
     assert {path.name for path in output.rglob("*")} >= {"model.safetensors", "compression.json", "compressed.ckpt"}

@@ -16,17 +16,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lrf_lightning.solver.allocation import Option, RanksKey, allocate, cheapest, ranks_key
+from lrf_lightning.solver.allocation import RanksKey, allocate, cheapest, ranks_key
 from lrf_lightning.solver.batch_norm import renormalized
 from lrf_lightning.solver.compensation import fit_layers
 from lrf_lightning.solver.evaluation import Outcome, loss_differences, score_differences
 from lrf_lightning.solver.intervals import paired_change, paired_error
 from lrf_lightning.solver.layer_statistics import LayerStatistics, memory_groups
+from lrf_lightning.solver.rank_options import rank_options
 from lrf_lightning.solver.result import FrontierPoint
-from lrf_lightning.solver.settings import Settings, default_loss_margin
-from lrf_lightning.solver.workspace import Curve, Workspace
+from lrf_lightning.solver.settings import default_loss_margin
+from lrf_lightning.solver.workspace import Workspace
 
 __all__ = ["Frontier"]
 
@@ -59,8 +60,8 @@ class Frontier:
         self._best: set[RanksKey] = set()
         self._renormalized: set[RanksKey] = set()
         self._latest: tuple[RanksKey, nn.Module] | None = None
-        self._options = _options(work, gains=False)
-        self._options_with_gains = _options(work, gains=True)
+        self._options = rank_options(work, gains=False)
+        self._options_with_gains = rank_options(work, gains=True)
 
     @property
     def points(self) -> list[FrontierPoint]:
@@ -90,10 +91,6 @@ class Frontier:
         """The ranks that are predicted to be best for a share of the dense cost, without and with gains of the loss.
 
         The second ones are left out if they are the same.
-
-        Outside the perturbation range a prediction was seen to be off by more than ``range_factor``, or it is beyond
-        what was measured: there it counts as many times, so that such a rank is taken only where it saves as much more
-        than the others. Refusing such ranks as long as the budget can be met without them would ruin other layers.
 
         Raises:
             ValueError: if even the cheapest ranks cost more.
@@ -313,32 +310,3 @@ class Frontier:
             score_change_error=score_error,
             within_range=all(bool(curve.allowed[i]) for curve, i in predictions),
         )
-
-
-def _weighed(curve: Curve, settings: Settings, *, gains: bool) -> Tensor:
-    """The predicted changes of all ranks, as much worse as they may be where the prediction does not hold.
-
-    A gain is never believed there.
-    """
-    first_order = curve.prediction.change(settings.first_order_errors) - curve.prediction.curvature
-    without_gains = curve.change - first_order.clamp_max(0.0)
-    return torch.where(curve.allowed, curve.change if gains else without_gains, settings.range_factor * without_gains)
-
-
-def _options(work: Workspace, *, gains: bool) -> dict[str, list[Option]]:
-    """Every layer's choices: dense, and the ranks on the grid of ``rank_multiple`` that are worth it."""
-    options: dict[str, list[Option]] = {}
-    for name, layer in work.layers.items():
-        curve, multiple = work.curves[name], work.rank_multiple
-        changes = _weighed(curve, work.settings, gains=gains)
-        count = len(curve.change)
-        grid = range(multiple, count + 1, multiple) if count >= multiple else range(1, count + 1)
-        dense = work.cost(layer, None)
-        low_rank = [
-            Option(rank, work.cost(layer, rank), float(changes[rank - 1]))
-            for rank in grid
-            if work.is_worthwhile(layer, rank)
-        ]
-        # lookups in a dense table cost no multiply-adds, so a rank may cost more than the dense layer
-        options[name] = [Option(None, dense, 0.0), *(option for option in low_rank if option.cost < dense)]
-    return options

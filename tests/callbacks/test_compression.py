@@ -944,7 +944,7 @@ class TestBadArguments:
                 loss = functional.cross_entropy(self.net(x + torch.rand_like(x)), batch["y"])
                 self.calls += 1
                 self.metric(loss)
-                self.seen.append(float(loss))
+                self.seen.append(float(loss.detach()))
                 self.log("val/loss", loss, batch_size=len(x))
 
             def training_step(self, batch, batch_idx):
