@@ -152,7 +152,7 @@ def test_optimizers_and_schedulers_can_be_read_but_do_not_step():
     before = scheduler.state_dict(), [p.clone() for p in module.parameters()]
     module._trainer = run
     record = run_step(module, "training_step", clouds(8))
-    assert float(record.returned) > 0
+    assert record.returned.item() > 0
     assert scheduler.state_dict() == before[0]
     torch.testing.assert_close(list(module.parameters()), before[1], rtol=0, atol=0)
     assert "optimizers" not in module.__dict__
