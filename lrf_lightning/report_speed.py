@@ -66,9 +66,10 @@ def _reasons(result: Solution, speed: Speed, slow: list[Timing]) -> list[str]:
     reasons = []
     if speed.slower_layers:
         shown = ", ".join(f"{layer.name} x{layer.ratio:.1f}" for layer in speed.slower_layers[:MOST_NAMES])
+        costliest = "costliest " if speed.timed_layers < len(result.ranks) else ""
         reasons.append(
-            f"{len(speed.slower_layers)} of {speed.timed_layers} factorized layers take longer than the dense ones "
-            f"(time {shown}){_few_ranks(speed.slower_layers)}; use cost=latency"
+            f"{len(speed.slower_layers)} of the {speed.timed_layers} {costliest}factorized layers take longer than the "
+            f"dense ones (time {shown}){_few_ranks(speed.slower_layers)}; use cost=latency"
         )
     kept = _operations_kept(result, speed)
     if kept is not None and kept > 0.8:
