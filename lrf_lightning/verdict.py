@@ -39,7 +39,11 @@ def temperature_sentence(certificate: Certificate | None) -> str:
     Truncation scales logits, which can lower a cross-entropy without any better decision. With its best temperature a
     model has no such reserve, so the scaled losses compare like with like.
     """
-    if certificate is None or certificate.scaled_dense_loss is None:
+    if certificate is None:
+        return ""
+    if certificate.no_temperature:
+        return f"There is no best temperature to compare at: {certificate.no_temperature}."
+    if certificate.scaled_dense_loss is None:
         return ""
     sentence = f"At its best temperature the original's loss is {certificate.scaled_dense_loss:.4f}"
     if certificate.temperature is not None:

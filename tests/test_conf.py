@@ -1,6 +1,7 @@
 import inspect
 import itertools
 import re
+import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -62,6 +63,20 @@ def test_every_recipe_with_every_option(composed, recipe, option):
     assert {"lightning.Trainer", f"recipes.{RECIPES[recipe]}"} <= set(found)
     for target in found:
         assert callable(get_object(target))
+
+
+def test_every_command_of_the_readme_composes(composed, project):
+    commands = [
+        shlex.split(command, comments=True)
+        for block in re.findall(r"```bash\n(.*?)```", (project / "README.md").read_text(), re.DOTALL)
+        for command in block.replace("\\\n", " ").splitlines()
+    ]
+    overrides = [words[words.index("train.py") + 1 :] for words in commands if "train.py" in words]
+    assert len(overrides) > 8
+    for words in overrides:
+        found = [word for word in words if not word.startswith("-") and word != "searchpath"]
+        # a sweep has several values, of which a job gets one
+        composed(*(re.sub(r",.*", "", word) if "-m" in words else word for word in found))
 
 
 def test_lists_are_complete(project):

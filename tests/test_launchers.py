@@ -63,7 +63,7 @@ def test_hydra(project, tmp_path, options):
     """The application relaunches itself for every process, once per job."""
     tiny = [
         *("+compress=budget", "recipe=digits_small", "model.net.width=32", "model.net.blocks=1", "seed=3"),
-        *("trainer.max_epochs=1", "trainer.accelerator=cpu", "+trainer.strategy=ddp", "trainer.devices=2"),
+        *("trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.strategy=ddp", "trainer.devices=2"),
         *("+trainer.enable_progress_bar=false", "data.verification=100", "data.selection=100", "data.calibration=100"),
         *("logger=csv", "test=false"),
     ]

@@ -126,6 +126,8 @@ def test_temperature_tells_when_only_the_confidence_changed():
     better = dataclasses.replace(softer, scaled_compressed_loss=0.23)
     assert temperature_sentence(better).endswith("the compressed model's 0.2300.")
     assert temperature_sentence(dataclasses.replace(softer, scaled_dense_loss=None)) == ""
+    none = dataclasses.replace(softer, scaled_dense_loss=None, no_temperature="it falls with ever more confidence")
+    assert temperature_sentence(none).endswith("no best temperature to compare at: it falls with ever more confidence.")
 
 
 @pytest.mark.parametrize(("scale", "places"), [(0.005, 4), (0.011, 3), (0.5, 2), (24.0, 0), (1e-12, 8), (0.0, 4)])

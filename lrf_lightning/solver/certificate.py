@@ -50,14 +50,10 @@ def certify(
     needed = None
     if verdict == "inconclusive":
         needed = _samples_needed(loss_change, score_change, loss_margin, settings, before.samples)
-    scaled = (
-        (None, None)
-        if temperatures is None
-        else (
-            _scaled_loss(dense, temperatures[0]),
-            _scaled_loss(compressed, temperatures[1]),
-        )
-    )
+    endless = "" if temperatures is None else _endless(temperatures)
+    scaled = None
+    if temperatures is not None and not endless:
+        scaled = _scaled_loss(dense, temperatures[0]), _scaled_loss(compressed, temperatures[1])
     return Certificate(
         verdict=verdict,
         dense=before,
@@ -68,9 +64,10 @@ def certify(
         score_margin=settings.score_margin,
         confidence=settings.confidence,
         samples_needed=needed,
-        scaled_dense_loss=scaled[0],
-        temperature=None if temperatures is None or scaled[0] is None else temperatures[0],
-        scaled_compressed_loss=scaled[1],
+        scaled_dense_loss=None if scaled is None else scaled[0],
+        temperature=None if temperatures is None or scaled is None or scaled[0] is None else temperatures[0],
+        scaled_compressed_loss=None if scaled is None else scaled[1],
+        no_temperature=endless,
     )
 
 
@@ -85,7 +82,8 @@ def fit_temperature(outcome: Outcome) -> float | None:
 
     The cross-entropy is convex in 1 / temperature and its derivative there is the mean over samples of the expected
     logit minus the target's logit; the root is bisected between temperatures of 1/20 and 20 (Guo et al. 2017, On
-    calibration of modern neural networks, for the idea).
+    calibration of modern neural networks, for the idea). Beyond them there is none worth the name: 0 stands for a
+    cross-entropy that falls with ever more confidence, as where every answer is right, infinity for ever less.
     """
     if outcome.logits is None or outcome.target is None:
         return None
@@ -94,12 +92,29 @@ def fit_temperature(outcome: Outcome) -> float | None:
     if len(target) == 0:
         return None
     wanted = logits.gather(1, target[:, None]).mean()
+
+    def is_too_sharp(log_temperature: float) -> bool:
+        expected = ((logits * math.exp(-log_temperature)).softmax(1) * logits).sum(1).mean()
+        return bool(expected > wanted)
+
     low, high = math.log(1 / 20), math.log(20)
+    if not is_too_sharp(low):
+        return 0.0
+    if is_too_sharp(high):
+        return math.inf
     for _ in range(40):
         middle = (low + high) / 2
-        expected = ((logits * math.exp(-middle)).softmax(1) * logits).sum(1).mean()
-        low, high = (middle, high) if expected > wanted else (low, middle)
+        low, high = (middle, high) if is_too_sharp(middle) else (low, middle)
     return math.exp((low + high) / 2)
+
+
+def _endless(temperatures: tuple[float, float]) -> str:
+    """Which model has no best temperature, and why; empty if both have one."""
+    for whose, temperature in zip(("original", "compressed model"), temperatures, strict=True):
+        if temperature == 0 or math.isinf(temperature):
+            kind = "more" if temperature == 0 else "less"
+            return f"on the selection split the loss of the {whose} falls with ever {kind} confidence"
+    return ""
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> float:

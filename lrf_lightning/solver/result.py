@@ -202,6 +202,7 @@ class Certificate:
             temperature is fitted on the selection split.
         temperature: that temperature.
         scaled_compressed_loss: loss of the compressed model with its own best temperature.
+        no_temperature: why a classifier has no best temperature, empty if it has one.
     """
 
     verdict: Verdict
@@ -216,6 +217,7 @@ class Certificate:
     scaled_dense_loss: float | None = None
     temperature: float | None = None
     scaled_compressed_loss: float | None = None
+    no_temperature: str = ""
 
 
 @dataclass(frozen=True)

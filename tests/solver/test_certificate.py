@@ -339,11 +339,21 @@ def test_temperature_is_scipys_minimum(scale):
     assert fit_temperature(data) == pytest.approx(math.exp(best.x), rel=1e-4)
 
 
-def test_temperature_stays_in_its_range_for_a_perfect_classifier():
+def test_a_perfect_classifier_has_no_best_temperature():
+    """All answers are right on the split where it is fitted, so that any other split would be punished for an error."""
     target = torch.arange(4)
-    data = outcome([0.0] * 4, logits=torch.eye(4) * 5, target=target)
-    assert fit_temperature(data) == pytest.approx(1 / 20, rel=1e-6)
-    assert fit_temperature(dataclasses.replace(data, logits=-torch.eye(4))) == pytest.approx(20, rel=1e-6)
+    perfect = outcome([0.0] * 4, logits=torch.eye(4) * 5, target=target)
+    hopeless = dataclasses.replace(perfect, logits=-torch.eye(4))
+    assert (fit_temperature(perfect), fit_temperature(hopeless)) == (0.0, math.inf)
+    dense = classifier(1.0)
+    for found, reason in (
+        ((0.0, 1.5), "on the selection split the loss of the original falls with ever more confidence"),
+        ((1.5, math.inf), "on the selection split the loss of the compressed model falls with ever less confidence"),
+    ):
+        certificate = certify(dense, dense, Settings(), temperatures=found)
+        assert certificate.no_temperature == reason
+        scaled = (certificate.temperature, certificate.scaled_dense_loss, certificate.scaled_compressed_loss)
+        assert scaled == (None, None, None)
 
 
 def test_rows_without_a_target_do_not_count_for_the_temperature():
@@ -369,3 +379,4 @@ def test_scaled_losses_are_reported_for_classifiers():
     assert certificate.dense.loss > expected[0]
     plain = certify(dense, compressed, Settings())
     assert (plain.temperature, plain.scaled_dense_loss, plain.scaled_compressed_loss) == (None, None, None)
+    assert certificate.no_temperature == plain.no_temperature == ""
