@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
-    "METHODS", "NAMES", "Rows", "in_points", "is_share", "percent_kept", "rows_of", "score_factor", "score_name",
-    "seeds_of", "tested_score_name",
+    "BUDGETS", "GOOD", "METHODS", "NAMES", "Rows", "in_points", "is_share", "percent_kept", "rows_of", "score_factor",
+    "score_name", "seeds_of", "smallest_holding", "tested_score_name",
 ]  # fmt: skip
 
 Rows = Sequence[dict[str, str]]
+BUDGETS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # shares of the factorizable layers, unless others are asked for
 METHODS = ("plain SVD", "activation-whitened SVD", "frontier")  # measured at the same sizes
 NAMES = {"frontier": "this package"}
+GOOD = ("better", "not worse")
 
 
 def seeds_of(rows: Rows) -> list[str]:
@@ -28,6 +30,19 @@ def rows_of(rows: Rows, method: str, seed: str | None = None) -> list[dict[str, 
 def percent_kept(row: dict[str, str], what: str = "model") -> float:
     """Parameters after over those before; ``what`` is ``model``, ``layers`` or ``factorized``."""
     return 100 * float(row[f"params_{what}_after"]) / float(row[f"params_{what}_before"])
+
+
+def smallest_holding(rows: Rows, method: str, seed: str) -> dict[str, str] | None:
+    """The last size, from the largest down, before the first that is neither `better` nor `not worse`.
+
+    Verdicts of several sizes hold together if they are tested in a fixed order that ends with the first failure.
+    """
+    found = None
+    for row in rows_of(rows, method, seed):
+        if row["verdict"] not in GOOD:
+            break
+        found = row
+    return found
 
 
 def score_name(rows: Rows) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.recipe_figures import (
+    BUDGETS,
+    GOOD,
     METHODS,
     NAMES,
     Rows,
@@ -17,6 +19,7 @@ from benchmarks.recipe_figures import (
     score_factor,
     score_name,
     seeds_of,
+    smallest_holding,
     tested_score_name,
 )
 from benchmarks.recipe_picture import picture
@@ -26,7 +29,7 @@ from lrf_lightning.report_cells import scaled
 
 __all__ = ["write_report"]
 
-GOOD = ("better", "not worse")
+OBJECTIVES = ("lossless", "compact")
 
 
 def write_report(recipe: str, folder: Path) -> None:
@@ -50,30 +53,26 @@ def _overview(every: dict[str, Rows]) -> str:
     lines = [
         "`python -m benchmarks.recipes NAME` makes the rows of one recipe; each has a section below. Parameters "
         "removed from the whole model (in brackets: from the factorizable layers), and the verdict on data that took "
-        "no part; one entry per seed.",
+        "no part; one entry per seed. The frontier holds down to the last size, from the largest on, before the first "
+        "that is neither `better` nor `not worse`, as sizes that are tested one after the other must.",
         "",
-        "| recipe | parameters | lossless | compact | smallest of the frontier that is not worse |",
+        "| recipe | parameters | lossless | compact | down to where the frontier holds |",
         "|---|---|---|---|---|",
     ]
     for name, rows in every.items():
-        cells = [_entries(rows_of(rows, method)) for method in ("lossless", "compact")]
-        smallest = [row for seed in seeds_of(rows) for row in _smallest_good(rows_of(rows, "frontier", seed))]
+        found = [[next(iter(rows_of(rows, method, seed)), None) for seed in seeds_of(rows)] for method in OBJECTIVES]
+        found.append([smallest_holding(rows, "frontier", seed) for seed in seeds_of(rows)])
         before = rows[0]["params_model_before"]
-        lines.append(f"| {name} | {int(before):,} | {cells[0]} | {cells[1]} | {_entries(smallest)} |")
+        lines.append(f"| {name} | {int(before):,} | {' | '.join(map(_entries, found))} |")
     return "\n".join([*lines, "", "![recipes](recipes.png)"])
 
 
-def _entries(rows: Rows) -> str:
-    return "; ".join(f"{_removed(row)} {row['verdict']}" for row in rows) or "-"
+def _entries(found: Sequence[dict[str, str] | None]) -> str:
+    return "; ".join("-" if row is None else f"{_removed(row)} {row['verdict']}" for row in found)
 
 
 def _removed(row: dict[str, str]) -> str:
     return f"{100 - percent_kept(row):.1f} % ({100 - percent_kept(row, 'layers'):.1f} %)"
-
-
-def _smallest_good(rows: Rows) -> list[dict[str, str]]:
-    good = [row for row in rows if row["verdict"] in GOOD]
-    return [min(good, key=percent_kept)] if good else []
 
 
 def _section(recipe: str, rows: Rows) -> str:
@@ -81,7 +80,7 @@ def _section(recipe: str, rows: Rows) -> str:
     days = sorted({row["date"] for row in rows})
     samples = ", ".join(f"{int(first[f'samples_{split}']):,} {split}" for split in ("calibration", "selection"))
     lines = [
-        f"`python -m benchmarks.recipes {_options(recipe, first)} --seeds {' '.join(seeds_of(rows))}`, "
+        f"`python -m benchmarks.recipes {_options(recipe, rows)} --seeds {' '.join(seeds_of(rows))}`, "
         f"{' to '.join(sorted({days[0], days[-1]}))}, "
         f"{'; '.join(sorted({row['machine'] for row in rows}))}. {samples} and "
         f"{int(first['samples_verification']):,} verification samples. {_load(rows)}",
@@ -94,9 +93,16 @@ def _section(recipe: str, rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _options(name: str, row: dict[str, str]) -> str:
-    overrides = f" --set {row['overrides']}" if row["overrides"] else ""
-    return row["recipe"] + overrides + (f" --as {name}" if name != row["recipe"] else "")
+def _options(name: str, rows: Rows) -> str:
+    """What ``python -m benchmarks.recipes`` was told, but for the seeds."""
+    first, budgets = rows[0], _budgets(rows)
+    overrides = f" --set {first['overrides']}" if first["overrides"] else ""
+    shares = "" if [float(budget) for budget in budgets] in ([], list(BUDGETS)) else f" --budgets {' '.join(budgets)}"
+    return first["recipe"] + overrides + (f" --as {name}" if name != first["recipe"] else "") + shares
+
+
+def _budgets(rows: Rows) -> list[str]:
+    return sorted({row["keep"] for row in rows if row["method"] == "frontier"}, key=float, reverse=True)
 
 
 def _load(rows: Rows) -> str:
@@ -124,7 +130,7 @@ def _dense_table(rows: Rows) -> list[str]:
 
 def _objective_table(rows: Rows) -> list[str]:
     """Lossless and compact of every seed, and both baselines at the size of ours."""
-    if not any(rows_of(rows, objective) for objective in ("lossless", "compact")):
+    if not any(rows_of(rows, objective) for objective in OBJECTIVES):
         return []
     name = score_name(rows) + (", points" if in_points(rows) else "")
     lines = [
@@ -136,7 +142,7 @@ def _objective_table(rows: Rows) -> list[str]:
         "|---" * 13 + "|",
     ]
     for seed in seeds_of(rows):
-        for objective in ("lossless", "compact"):
+        for objective in OBJECTIVES:
             for row in rows_of(rows, objective, seed):
                 lines.append(_objective_line(row, objective))
                 equal = [_equal(rows_of(rows, method, seed), row) for method in METHODS if method != "frontier"]
@@ -174,7 +180,7 @@ def _objective_line(row: dict[str, str], method: str) -> str:
 
 def _speed_table(rows: Rows) -> list[str]:
     """Latency of the original and of what the objectives chose."""
-    timed = [row for row in rows if row["latency_dense/eager_batch_1"] and row["method"] in ("lossless", "compact")]
+    timed = [row for row in rows if row["latency_dense/eager_batch_1"] and row["method"] in OBJECTIVES]
     if not timed:
         return []
     lines = [
@@ -200,7 +206,7 @@ def _speed_table(rows: Rows) -> list[str]:
 
 def _size_table(rows: Rows) -> list[str]:
     """All methods at the budgets of the frontier, means over the seeds."""
-    budgets = sorted({row["keep"] for row in rows if row["method"] == "frontier"}, key=float, reverse=True)
+    budgets = _budgets(rows)
     unit = "points" if in_points(rows) else "units"
     lines = [
         f"At equal size: change of the loss / of the {score_name(rows)} in {unit} on the verification split, means "

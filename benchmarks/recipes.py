@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import train as application
 from benchmarks.quality import METHODS
+from benchmarks.recipe_figures import BUDGETS
 from benchmarks.recipe_report import write_report
 from benchmarks.results import append_row, read_rows
 from lrf_lightning import CompressionResult
@@ -38,7 +39,6 @@ from lrf_lightning.summary import PREFIX, summary
 
 FOLDER = Path(__file__).parent
 CONF = FOLDER.parent / "conf"
-BUDGETS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 BASELINES = ("plain SVD", "activation-whitened SVD")
 OURS = ("lossless", "compact", "frontier")
 CALIBRATION = ("statistics", "factorization", "curves", "perturbation range")  # stages
