@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from packaging.version import Version
 from process_groups import run_together
 from small_modules import FEATURES, QUICK, Classifier, loader, network, trainer
 from torch import nn
@@ -173,7 +174,11 @@ class OtherMethod(Sharded):
         return functional.cross_entropy(self.net.encode(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("kind", [Whole, Compiled, CompiledFirst, OtherMethod])
+# the trainer itself, without any callback of ours, cannot save its optimizer (KeyError in torch's rekey_optim_state_dict)
+UNSAVED = pytest.mark.skipif(Version(torch.__version__) < Version("2.11"), reason="Lightning cannot save such a module")
+
+
+@pytest.mark.parametrize("kind", [Whole, pytest.param(Compiled, marks=UNSAVED), CompiledFirst, OtherMethod])
 @pytest.mark.parametrize("which", ["last", "best"])
 @in_a_process
 def test_other_ways_to_shard(kind, which, tmp_path):
