@@ -174,7 +174,7 @@ class OtherMethod(Sharded):
         return functional.cross_entropy(self.net.encode(batch[0]), batch[1])
 
 
-# the trainer itself, without any callback of ours, cannot save its optimizer (KeyError in torch's rekey_optim_state_dict)
+# the trainer itself, without our callback, cannot save its optimizer: a KeyError in torch's rekey_optim_state_dict
 UNSAVED = pytest.mark.skipif(Version(torch.__version__) < Version("2.11"), reason="Lightning cannot save such a module")
 
 
