@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -277,5 +278,15 @@ def _finish_wandb() -> None:
         best_effort("close the run of W&B", wandb.finish)
 
 
+def _let_help_be_lazy() -> None:
+    """Let Hydra 1.3 start on Python 3.14, whose argparse looks into every help, also into the one that is no string."""
+    check = getattr(argparse.ArgumentParser, "_check_help", None)
+    if check is not None:
+        argparse.ArgumentParser._check_help = (  # type: ignore[attr-defined]
+            lambda parser, action: check(parser, action) if isinstance(action.help, str) else None
+        )
+
+
 if __name__ == "__main__":
+    _let_help_be_lazy()
     main()

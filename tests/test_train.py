@@ -1,9 +1,11 @@
+import argparse
 import subprocess
 import sys
 
 import pytest
 import torch
 import wandb
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 
@@ -106,6 +108,32 @@ def test_without_compression_nothing_is_said_about_it(composed, capsys):
     assert objects["result"] is None
     assert not [name for name in metrics if name.startswith("compress/")]
     assert "compressed" not in capsys.readouterr().out
+
+
+def test_hydra_starts_where_argparse_looks_into_every_help(monkeypatch):
+    """As it does since Python 3.14; Hydra 1.3 has one help that is no string."""
+    if not hasattr(argparse.ArgumentParser, "_check_help"):
+
+        def look(parser, action):
+            if action.help and "%" in action.help:
+                parser._get_formatter()._expand_help(action)
+
+        monkeypatch.setattr(argparse.ArgumentParser, "_check_help", look, raising=False)
+        added = argparse.ArgumentParser.add_argument
+
+        def add(parser, *args, **kwargs):
+            action = added(parser, *args, **kwargs)
+            parser._check_help(action)
+            return action
+
+        monkeypatch.setattr(argparse.ArgumentParser, "add_argument", add)
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", argparse.ArgumentParser._check_help)
+    with pytest.raises((TypeError, ValueError)):
+        get_args_parser()
+    application._let_help_be_lazy()
+    assert "--shell-completion" in get_args_parser()._option_string_actions
+    with pytest.raises((TypeError, ValueError)):
+        argparse.ArgumentParser().add_argument("--wrong", help="100 %(")
 
 
 def test_group_taken_for_a_string(composed):
