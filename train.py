@@ -287,6 +287,7 @@ def _let_help_be_lazy() -> None:
         )
 
 
+_let_help_be_lazy()
+
 if __name__ == "__main__":
-    _let_help_be_lazy()
     main()

@@ -66,7 +66,7 @@ def _of_samples(loader: DataLoader[Any], roles: Sequence[str], seed: int, count:
             f"the validation data has {len(samples)} samples, too few to be split into {', '.join(roles)}; "
             "give more validation data, or pass loaders for the three splits"
         )
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(samples), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
     total, start = sum(SHARES[role] for role in roles), 0
     parts: dict[str, Batches] = {}
     for position, role in enumerate(roles):

@@ -205,13 +205,19 @@ def current_processes(device: torch.device) -> Processes:
     """All processes of the default group, or this one alone if there is no group.
 
     Args:
-        device: device of the model; collectives of NCCL run there.
+        device: device of the model; collectives of NCCL run there, or on the current one for a model on the CPU.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return ALONE
     _group_ends_before_python()
-    on_gpu = dist.get_backend() == dist.Backend.NCCL and device.type == "cuda"
-    return Processes(dist.get_rank(), dist.get_world_size(), None, device if on_gpu else torch.device("cpu"))
+    return Processes(dist.get_rank(), dist.get_world_size(), None, _travelling(device))
+
+
+def _travelling(device: torch.device) -> torch.device:
+    """Where tensors travel: on the CPU if the group can, else, as with NCCL, on the model's GPU or the current one."""
+    if "cpu:" in dist.get_backend_config():
+        return torch.device("cpu")
+    return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
 
 
 @functools.cache

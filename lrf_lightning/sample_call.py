@@ -65,7 +65,7 @@ class SampleCall:
 
     def resized(self, batch_size: int) -> SampleCall:
         """The same call with another number of samples: the first ones, all of them again and again if need be."""
-        index = torch.arange(batch_size) % self.batch_size
+        index = torch.arange(batch_size, device="cpu") % self.batch_size
         new = copy.copy(self)
         new.batch_size = batch_size
         new._leaves = [

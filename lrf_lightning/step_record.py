@@ -1,7 +1,8 @@
 """Call one step of a LightningModule outside of a Trainer's loop, and leave no trace of the call.
 
 While the step runs, ``log`` and ``log_dict`` of the module and its children are shadowed, so that nothing reaches the
-trainer; metrics are reset before it, and optimizers and schedulers that it asks for do not step. Whatever the step
+trainer; metrics are reset before it and do not ask other processes, and optimizers and schedulers that it asks for do
+not step. Whatever the step
 writes to attributes of the module (lists of outputs, states of metrics) is undone, because such outputs would hold the
 graph of every batch and could not be copied with the module. Buffers that are changed in place are restored by the
 solver, after every evaluation.
@@ -75,6 +76,8 @@ def run_step(
         _shadow_optimizers(module)
         for metric in [*(m for m in module.modules() if isinstance(m, Metric)), *metrics]:
             metric.reset()
+            # the step may run on one process alone, and its value is that of its own batch
+            metric.__dict__.update(sync_on_compute=False, dist_sync_on_step=False, _to_sync=False)
         returned = method(batch, *_indices(method))
         name = compute(logged) if compute else None
         if name is not None and isinstance(logged[name], Metric):
@@ -111,9 +114,21 @@ def _shadow_log(module: LightningModule, logged: dict[str, Any], sizes: list[int
         else:
             logged.update(dictionary)
 
+    shadows: dict[str, Any] = {"log": log, "log_dict": log_dict}
+    trainer = getattr(module, "_trainer", None)
+    if trainer is not None and trainer.world_size > 1:
+        shadows["all_gather"] = _refuse_to_gather
     for child in module.modules():
         if isinstance(child, LightningModule):
-            child.__dict__.update(log=log, log_dict=log_dict)
+            child.__dict__.update(shadows)
+
+
+def _refuse_to_gather(*_: Any, **__: Any) -> None:
+    """Processes do not run the same number of batches, so that they would wait for each other for ever."""
+    raise RuntimeError(
+        "the step gathers from other processes (all_gather), which do not run it at the same time here; compress on "
+        "one process (train=false), or pass loss=a callable (module, batch) that does not gather"
+    )
 
 
 def _shadow_optimizers(module: LightningModule) -> None:

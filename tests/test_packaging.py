@@ -18,6 +18,9 @@ import pytest
 # new processes import torch, which takes minutes on a machine that is busy with something else
 pytestmark = pytest.mark.timeout(400)
 
+# Hydra 1.3 does not start on Python 3.14 by itself, see train.py; an app of somebody else has to wait for Hydra
+HYDRA_STARTS = pytest.mark.skipif(sys.version_info >= (3, 14), reason="Hydra does not start on this Python")
+
 OPTIONS = ["budget", "compact", "frontier", "lossless", "paper"]
 
 APP = {
@@ -169,6 +172,7 @@ def test_licence_is_the_whole_text(project):
     assert text.split("\n")[1].strip() == "Apache License"
 
 
+@HYDRA_STARTS
 def test_other_app_finds_the_group_in_the_wheel(wheel, app, tmp_path):
     """Without the repository on the path: the wheel's files alone."""
     with zipfile.ZipFile(wheel) as archive:
@@ -192,6 +196,7 @@ def test_other_app_finds_the_group_in_the_wheel(wheel, app, tmp_path):
     assert "tolerance: 0.1" in config
 
 
+@HYDRA_STARTS
 @pytest.mark.parametrize(
     ("line", "found"),
     [
@@ -205,6 +210,7 @@ def test_other_app_completes_the_options(app, line, found):
     assert set(run_app(sys.executable, app, "-sc", "query=bash", **environment).split()) == found
 
 
+@HYDRA_STARTS
 def test_other_app_shows_the_options_in_its_help(app):
     assert f"compress: {', '.join(OPTIONS)}" in run_app(sys.executable, app, "--help")
     shown = run_app(sys.executable, app, "+compress=frontier", "--help")
@@ -230,6 +236,7 @@ def environment(tmp_path) -> Path:
     return tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
+@HYDRA_STARTS
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["wheel", "editable"])

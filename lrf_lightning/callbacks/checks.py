@@ -23,6 +23,7 @@ from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.export import FORMATS, missing_packages
 from lrf_lightning.loaders import has_loader
 from lrf_lightning.solver.batch_contents import to_device
+from lrf_lightning.solver.devices import solver_device
 from lrf_lightning.solver.evaluation import evaluation_mode
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.step_loss import Score, StepLoss, can_be_run
@@ -242,9 +243,10 @@ def check_loss(
             copies = detached_copy(module), copy.deepcopy(batch)
         except Exception:  # the user's types
             return
+        device = solver_device(module.device)
         try:
-            with evaluation_mode(copies[0]):
-                StepLoss(trainer, score=score)(copies[0], to_device(copies[1], module.device))
+            with evaluation_mode(copies[0].to(device)):
+                StepLoss(trainer, score=score)(copies[0], to_device(copies[1], device))
         except Exception as error:
             rank_zero_warn(
                 f"LowRankCompression tried the first validation batch and may fail after the training: {error}"

@@ -41,6 +41,7 @@ from lrf_lightning.run_folder import run_folder
 from lrf_lightning.sample_call import Sample, find_sample
 from lrf_lightning.sample_images import find_images
 from lrf_lightning.seeded_batches import split_seed
+from lrf_lightning.solver.devices import solver_device
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.settings import (
     BUDGETS,
@@ -337,7 +338,7 @@ class LowRankCompression(Callback):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[CompressionResult, dict[int, Tensor], Sample | None]:
         """The result, images of the verification samples on which the models disagree, and a sample for an export."""
-        device = trainer.strategy.root_device
+        device = solver_device(trainer.strategy.root_device)
         bars = trainer.is_global_zero and trainer.progress_bar_callback is not None
         processes, seed = current_processes(device), self.settings.seed
         with undisturbed(trainer), stage_progress(enabled=bars) as progress:
@@ -371,10 +372,15 @@ class LowRankCompression(Callback):
                 cache_dir=self.cache_dir,
                 **{f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)},
             )
-            result.model.to(pl_module.device)
+            _move(result, pl_module.device)
             images = find_images(batches[-1], [change.sample for change in result.changes[:MOST_IMAGES]], processes)
             sample = find_sample(module, batches[0]) if self.export else None
         return result, images, sample
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Move the result to the CPU after a fit, as the trainer does with the module."""
+        if stage == "fit" and self.result is not None:
+            _move(self.result, torch.device("cpu"))
 
     def _replace_layers(self, pl_module: LightningModule, result: CompressionResult, device: torch.device) -> None:
         """Give the live module structure and weights of the result, wholly or not at all, on all processes or none.
@@ -471,3 +477,9 @@ def _save_points(result: CompressionResult, directory: Path) -> None:
     """Write the model of every budget into a folder that is named after what is kept, in per cent."""
     for point in result.frontier:
         result.at(point.keep).save(directory / f"keep_{100 * (point.budget or point.keep):g}")
+
+
+def _move(result: CompressionResult, device: torch.device) -> None:
+    result.model.to(device)
+    if result.point_models is not None:
+        result.point_models.dense.to(device)

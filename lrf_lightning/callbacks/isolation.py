@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lrf_lightning import random_state
+from lrf_lightning.matmul_precision import matmul_precision
 from lrf_lightning.model_copy import copied_model
 from lrf_lightning.unsharded import copied
 
@@ -114,12 +115,12 @@ def _preserved_flags() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     choices, dtype = (cudnn.deterministic, cudnn.benchmark), torch.get_default_dtype()
-    precision = torch.get_float32_matmul_precision()
+    precision = matmul_precision()
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         cudnn.deterministic, cudnn.benchmark = choices
         torch.set_default_dtype(dtype)
-        if torch.get_float32_matmul_precision() != precision:
+        if precision is not None and matmul_precision() != precision:
             torch.set_float32_matmul_precision(precision)

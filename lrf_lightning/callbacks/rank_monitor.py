@@ -26,6 +26,7 @@ from lrf_lightning.device_batches import DeviceBatches
 from lrf_lightning.loaders import resolve_loaders
 from lrf_lightning.run_folder import run_folder
 from lrf_lightning.solver.batch_contents import batch_size
+from lrf_lightning.solver.devices import solver_device
 from lrf_lightning.solver.factorization import decomposition_cost
 from lrf_lightning.solver.forecast import Forecast, forecast
 from lrf_lightning.solver.spectra import Spectrum, spectrum
@@ -179,7 +180,7 @@ class RankMonitor(Callback):
 
     def _prediction(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         compression = _compression(trainer)
-        device = trainer.strategy.root_device
+        device = solver_device(trainer.strategy.root_device)
         with undisturbed(trainer):
             if self._batches is None:
                 self._batches = self._read(trainer, pl_module, compression)

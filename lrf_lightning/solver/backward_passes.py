@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.batch_contents import batch_size, to_device
 from lrf_lightning.solver.evaluation import Batches, LossFunction, StepOutput, evaluation_mode, step
-from lrf_lightning.solver.hooks import frozen_parameters, observe_gradients
+from lrf_lightning.solver.hooks import HeldGradients, frozen_parameters, observe_gradients
 from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.own_attributes import Attributes, OwnAttributes
 from lrf_lightning.solver.rows import RowReader
@@ -36,6 +36,9 @@ class Use:
     modules: tuple[nn.Module, ...]
     reader: RowReader
 
+
+# of losses in float16, powers of two; a sample's own loss is meant, whose gradients are larger than those of a mean
+SCALES = (2.0**14, 2.0**7, 1.0)
 
 # what a backward pass starts from, for the output of a step, the size of its batch and its index among all batches
 BackwardTarget = Callable[[StepOutput, int, int], Tensor]
@@ -83,15 +86,17 @@ def backward_passes(
 
             for i, target in enumerate(targets):
                 # a forward pass again: not every kind of module bears going back twice, compiled ones do not
-                with observe_gradients(modules, observe):
-                    has_terms = _backward(model, loss, to_device(batch, device), size, index, target)
+                with observe_gradients(modules, observe) as held:
+                    has_terms = _backward(model, loss, to_device(batch, device), size, index, target, held)
                 after_backward(size, i)
                 if not has_terms:
                     break
     return samples
 
 
-def _backward(model: nn.Module, loss: LossFunction, batch: Any, size: int, index: int, target: BackwardTarget) -> bool:
+def _backward(
+    model: nn.Module, loss: LossFunction, batch: Any, size: int, index: int, target: BackwardTarget, held: HeldGradients
+) -> bool:
     """One forward and backward pass from a target, of which nothing is kept; whether the loss has terms."""
     output = step(model, loss, batch, size)
     total = summed_loss(output, size, index).detach()
@@ -102,8 +107,23 @@ def _backward(model: nn.Module, loss: LossFunction, batch: Any, size: int, index
         )
     start = target(output, size, index)
     if start.requires_grad:
-        start.backward()  # type: ignore[no-untyped-call]
+        _go_back(start, held)
     return output.terms is not None
+
+
+def _go_back(start: Tensor, held: HeldGradients) -> None:
+    """The backward pass, with a scale where gradients are in float16: the largest one at which none overflows."""
+    if not held.half:
+        start.backward()  # type: ignore[no-untyped-call]
+        return
+    for scale in SCALES:
+        held.calls.clear()
+        start.backward(torch.full_like(start, scale), retain_graph=scale != SCALES[-1])  # type: ignore[no-untyped-call]
+        if all(bool(torch.isfinite(grad).all()) for _, grad in held.calls):
+            break
+    for on_gradient, grad in held.calls:
+        on_gradient(grad.float() / scale)
+    held.calls.clear()
 
 
 def summed_loss(output: StepOutput, size: int, index: int) -> Tensor:
@@ -121,7 +141,7 @@ def scattered_loss(seed: int) -> BackwardTarget:
     def total(output: StepOutput, size: int, index: int) -> Tensor:
         if output.terms is None:
             return summed_loss(output, size, index)
-        generator = torch.Generator().manual_seed(hash((seed, index)) % 2**63)
+        generator = torch.Generator("cpu").manual_seed(hash((seed, index)) % 2**63)
         return output.terms.scattered(generator).sum()
 
     return total

@@ -31,7 +31,7 @@ def changed_samples(before: Outcome, after: Outcome, *, most: int = MOST) -> lis
     if before.score_weights is not None or after.score_weights is not None:
         before, after = replace(before, scores=None), replace(after, scores=None)
     classes_before, classes_after = _classes(before), _classes(after)
-    flipped = torch.zeros(len(before.losses), dtype=torch.bool)
+    flipped = torch.zeros(len(before.losses), dtype=torch.bool, device="cpu")
     if before.scores is not None and after.scores is not None:
         flipped |= before.scores != after.scores
     if classes_before is not None and classes_after is not None:

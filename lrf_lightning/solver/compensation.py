@@ -221,6 +221,8 @@ class _Fitting:
                 targets,
                 device,
             )
+        if device.type == "cuda" and hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+            torch._C._cuda_clearCublasWorkspaces()  # those of the threads, which have ended
 
     def _solve(self, passes: list[_Passes], targets: list[_Target], device: torch.device) -> None:
         here = [passes] * len(targets)  # the batches that stand before the layer that was solved last

@@ -220,7 +220,7 @@ def _errors(
     truncated = _by_outputs(left, kernel)  # (g, m, r l)
     everything = float(((weighted @ inputs) * weighted).sum())
     if everything <= 0:  # a zero weight
-        nothing = torch.full((rank,), SMALLEST_ERROR, dtype=gram.dtype)
+        nothing = torch.full((rank,), SMALLEST_ERROR, dtype=gram.dtype, device=gram.device)
         return nothing, nothing
     # what the first r components explain, for all r: rows of the Cholesky factor's inverse are nested
     lower, _ = torch.linalg.cholesky_ex(gram)

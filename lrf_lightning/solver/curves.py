@@ -112,7 +112,7 @@ class _Collected:
             size: samples of the batch.
             target: 0 for the loss, 1 for its scattered terms, which come after it.
         """
-        none = torch.zeros(size, self.components, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        none = _zeros(size, self.components), _zeros(size)
         sums = sum((head for head, _ in calls), none[0]), sum((total for _, total in calls), none[1])
         if target == 0:
             self.loss.append(sums)
@@ -127,7 +127,7 @@ class _Collected:
         return Derivatives(loss, loss if alike else self._joined(self.scattered))
 
     def _joined(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        none = torch.zeros(0, self.components, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        none = _zeros(0, self.components), _zeros(0)
         heads, totals = zip(none, *batches, strict=True)
         return torch.cat(heads), torch.cat(totals)
 
@@ -168,13 +168,15 @@ def component_derivatives(
         reader, (left, right) = use.reader, working[use.name]
         if use.transposed:
             left, right = right.transpose(1, 2), left.transpose(1, 2)
-        projected = reader.project(x.to(right.dtype), right, size)
+        with torch.autocast(x.device.type, enabled=False):
+            projected = reader.project(x.to(right.dtype), right, size)
         bias = use.modules[0]._parameters.get("bias")
 
         def on_gradient(grad: Tensor) -> None:
             grad = grad.to(left.dtype)
-            head = reader.components(projected, grad, left, size)
-            total = reader.inner(grad, output, None if bias is None else bias.detach(), size)
+            with torch.autocast(grad.device.type, enabled=False):
+                head = reader.components(projected, grad, left, size)
+                total = reader.inner(grad, output, None if bias is None else bias.detach(), size)
             pending[use.name].append((head.double().cpu(), total.double().cpu()))
 
         return on_gradient
@@ -205,7 +207,7 @@ def predict(
 
 def tail_moments(tails: Tails, processes: Processes = ALONE) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, mean square (of the scattered ones) and error of the mean of every column, over all processes' samples."""
-    count = torch.tensor(float(len(tails.loss)), dtype=torch.float64)
+    count = torch.tensor(float(len(tails.loss)), dtype=torch.float64, device="cpu")
     total, square = tails.loss.sum(0), tails.scattered.square().sum(0)
     processes.sum_([count, total])
     mean = total / count
@@ -228,6 +230,10 @@ def _tails(
 ) -> Tensor:
     tails = -(totals[:, None] - heads.cumsum(1))
     return tails if gains is None else tails * gains.to(tails).sqrt()
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device="cpu")  # whatever torch's default device is
 
 
 def _row_dtype(layer: LayerStatistics) -> torch.dtype:

@@ -209,7 +209,7 @@ def _to_cpu(output: StepOutput, keep_logits: bool) -> StepOutput:
         logits=output.logits.detach().to("cpu", torch.float32) if keep and output.logits is not None else None,
         target=output.target.detach().to("cpu") if keep and output.target is not None else None,
         # how many, but not what they are
-        terms=None if output.terms is None else LossTerms(torch.empty(0, 0), output.terms.mean_count),
+        terms=None if output.terms is None else LossTerms(torch.empty(0, 0, device="cpu"), output.terms.mean_count),
     )
 
 
@@ -245,5 +245,9 @@ def _pairs(values: list[Tensor], sizes: list[int]) -> tuple[Tensor, Tensor]:
     """The values of all samples, or of all batches if some have only one for all of theirs, and their weights."""
     # the mean over one sample is that sample's figure
     if all(value.dim() == 1 or size == 1 for value, size in zip(values, sizes, strict=True)):
-        return torch.cat([value.reshape(-1) for value in values]), torch.ones(sum(sizes), dtype=torch.float64)
-    return torch.stack([value.mean() for value in values]), torch.tensor(sizes, dtype=torch.float64)
+        return torch.cat([value.reshape(-1) for value in values]), _on_cpu([1] * sum(sizes))
+    return torch.stack([value.mean() for value in values]), _on_cpu(sizes)
+
+
+def _on_cpu(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")  # whatever torch's default device is

@@ -77,7 +77,7 @@ class Factors:
 
     def relative_tail(self) -> Tensor:
         """Norm of what truncation to rank k = 1, 2, ... leaves out over the norm of all, in the metric, shape (r,)."""
-        energy = self.singular_values.square().sum(0)
+        energy = self.singular_values.square().sum(0).cpu()  # where sums have one order, whatever the process
         tails = energy.flip(0).cumsum(0).flip(0)  # from the small end, where a difference would cancel
         if tails[0] <= 0:
             return torch.zeros_like(energy)
@@ -154,6 +154,17 @@ def relative_traces(moment: Tensor) -> Tensor:
     return torch.where(largest > 0, trace / torch.where(largest > 0, largest, 1.0), 1.0)
 
 
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`torch.linalg.eigh`, on the CPU where the device's routine does not converge, as happens on CUDA."""
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if matrices.device.type == "cpu":
+            raise
+        values, vectors = (part.to(matrices.device) for part in torch.linalg.eigh(matrices.cpu()))
+    return values, vectors
+
+
 def _by_rows(
     target: Tensor,  # (g, m, n) with m <= n
     inner: Tensor | None,  # (g, n, n) or (g, n)
@@ -162,11 +173,11 @@ def _by_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gram = _times(target, inner) @ target.transpose(-1, -2)
     if outer is None:
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = eigh(gram)
         left, back = vectors, vectors
     else:
         root = Root.of(outer, damping)
-        values, vectors = torch.linalg.eigh(root.times(root.times(gram).transpose(-1, -2)))
+        values, vectors = eigh(root.times(root.times(gram).transpose(-1, -2)))
         left, back = root.divided(vectors), root.transposed(vectors)
     # below the rounding of the products nothing is known: count it as zero, so that the rank is the numerical one
     floor = values.amax(-1, keepdim=True) * target.shape[-1] * torch.finfo(values.dtype).eps
@@ -224,7 +235,7 @@ class Root:
             lower, failed = torch.linalg.cholesky_ex(moment)
             if not bool(failed.any()):
                 return cls(lower)
-        values, vectors = torch.linalg.eigh(moment)
+        values, vectors = eigh(moment)
         alive = values > values.amax(-1, keepdim=True) * side * epsilon
         root = torch.where(alive, values.clamp_min(0).sqrt(), torch.zeros_like(values))
         inverse = torch.where(alive, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), torch.zeros_like(values))

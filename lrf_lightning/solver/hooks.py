@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["first_tensor", "frozen_parameters", "goes_back", "observe_gradients", "observe_inputs"]
+__all__ = ["HeldGradients", "first_tensor", "frozen_parameters", "goes_back", "observe_gradients", "observe_inputs"]
 
 OnGradient = Callable[[Tensor], None]
 Key = TypeVar("Key")
@@ -28,29 +29,49 @@ OnInput = Callable[[Key, Tensor], None]
 Layers = Mapping[Key, "nn.Module | Sequence[nn.Module]"]
 
 
+@dataclass
+class HeldGradients:
+    """Gradients that wait for their scale: in float16 small ones vanish unless the loss is multiplied with something.
+
+    Attributes:
+        half: whether an observed output is in float16.
+        calls: the observers of gradients, each with the one it shall be given.
+    """
+
+    half: bool = False
+    calls: list[tuple[OnGradient, Tensor]] = field(default_factory=list)
+
+
 @contextmanager
-def observe_gradients(layers: Layers[Key], on_forward: OnForward[Key]) -> Iterator[None]:
+def observe_gradients(layers: Layers[Key], on_forward: OnForward[Key]) -> Iterator[HeldGradients]:
     """Call ``on_forward(name, input, output)`` at every call of a layer, and its result with the output's gradient.
 
     Both tensors are detached. What runs downstream gets a copy of the output, so that an in-place activation does not
     change the observed one. Where several modules share a weight, outputs are observed as if all of them had the bias
     of the first.
 
+    Yields what is held back where an output is in float16, instead of being handed to the observers.
+
     Args:
         layers: module, or modules that share a weight, by name.
         on_forward: observer; the callable it returns, if any, is given the gradient.
     """
+    held = HeldGradients()
 
     def hook(name: Key, first: nn.Module) -> Callable[[nn.Module, Any, Any, Any], Tensor]:
         def observe(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             on_gradient = on_forward(name, first_tensor(name, args, kwargs), _as_if(first, module, output.detach()))
             if on_gradient is None:
                 return output
+            held.half |= output.dtype == torch.float16
             if not output.requires_grad:
                 output.requires_grad_()
 
             def receive(grad: Tensor) -> None:
-                on_gradient(grad.detach())
+                if held.half:
+                    held.calls.append((on_gradient, grad.detach()))
+                else:
+                    on_gradient(grad.detach())
 
             output.register_hook(receive)  # type: ignore[no-untyped-call]
             return output.clone()
@@ -64,7 +85,7 @@ def observe_gradients(layers: Layers[Key], on_forward: OnForward[Key]) -> Iterat
         for module in modules
     ]
     try:
-        yield
+        yield held
     finally:
         for handle in handles:
             handle.remove()

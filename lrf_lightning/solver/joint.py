@@ -21,6 +21,7 @@ from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.certificate import certify, temperatures
 from lrf_lightning.solver.changes import changed_samples
 from lrf_lightning.solver.choice import choose_compact, choose_lossless
+from lrf_lightning.solver.devices import check_one_device, solver_device
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.latency import measure_layers
@@ -101,9 +102,10 @@ def calibrated(
             batch_norm=False,
             conv_order="kernel_first",
         )
-    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = solver_device(device or next((p.device for p in model.parameters()), torch.device("cpu")))
     processes = current_processes(device)
     with processes.together("the copy of the model"):
+        check_one_device(model)
         _check_weights(model)
         working = copied_model(model).to(device)
         prepare(working)
@@ -156,7 +158,13 @@ def _unify(model: nn.Module, settings: Settings, processes: Processes) -> None:
     buffers = dict(model.named_buffers())
     kinds = {name: (str(buffer.dtype), tuple(buffer.shape)) for name, buffer in buffers.items() if not buffer.is_meta}
     everywhere = set.intersection(*(set(other.items()) for other in processes.gather(kinds)))
-    processes.broadcast_([buffers[name] for name, kind in kinds.items() if (name, kind) in everywhere], 0)
+    for name, kind in kinds.items():
+        if (name, kind) in everywhere and buffers[name].numel():
+            # bytes travel, since backends do not know every dtype
+            content = buffers[name].detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+            processes.broadcast_([content.view(torch.uint8)], 0)
+            with torch.no_grad():
+                buffers[name].copy_(content.reshape(buffers[name].shape))
 
 
 def _byte_sum(weight: nn.Parameter) -> str:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from lrf_lightning import latency_cache
 from lrf_lightning.distributed import Processes
+from lrf_lightning.matmul_precision import matmul_precision
 from lrf_lightning.modules.base import memory_format
 from lrf_lightning.solver.layer_input import LayerInput
 from lrf_lightning.solver.layer_statistics import LayerStatistics, TiedUse
@@ -209,7 +210,7 @@ def _processor() -> str:
 
 def device_name(device: torch.device) -> str:
     """The device with everything that changes how fast it is: model, threads, precision and version of torch."""
-    precision = torch.get_float32_matmul_precision()
+    precision = matmul_precision() or "precision by backend"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
@@ -245,10 +246,10 @@ def _measure(
                 taken[index] = _duration(variants[index], x, calls)
             rounds.append([math.log(max(taken[index], 1e-9)) for index in range(len(variants))])
             if len(rounds) >= FEWEST_ROUNDS:
-                durations, errors = median_polish(torch.tensor(rounds, dtype=torch.float64))
+                durations, errors = median_polish(torch.tensor(rounds, dtype=torch.float64, device="cpu"))
                 if float(errors.max()) < PRECISION or time.perf_counter() - started > limit:
                     break
-    durations, errors = median_polish(torch.tensor(rounds, dtype=torch.float64))
+    durations, errors = median_polish(torch.tensor(rounds, dtype=torch.float64, device="cpu"))
     smooth = rising((durations[1:] - durations[0]).tolist())
     return LayerTimes(
         dense=math.exp(float(durations[0])) / max(given.rows, 1.0),
@@ -308,7 +309,10 @@ def median_polish(
         The durations, shape (variants,), and their standard errors, from the median absolute residuals.
     """
     rounds = len(logarithms)
-    slowness, durations = torch.zeros(rounds, 1, dtype=logarithms.dtype), _middle(logarithms, 0)
+    slowness, durations = (
+        logarithms.new_zeros(rounds, 1),
+        _middle(logarithms, 0),
+    )
     for _ in range(4):
         slowness = _middle(logarithms - durations, 1)
         slowness = slowness - _middle(slowness, 0)

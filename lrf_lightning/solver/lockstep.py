@@ -5,9 +5,9 @@ which makes the cost quadratic in the depth. Instead each batch has its own run,
 every watched layer until it is told to go on. One run works at a time, so nothing is concurrent: threads only keep the
 stacks of half-finished passes. The memory is that of the activations that are alive at one layer, for all batches.
 
-A thread starts with torch's default modes; the gradient mode, the inference mode, autocast and the current CUDA device
-of the caller are carried over. Every run also has random states of its own, those of the moment it was made, so that
-two runs made at the same moment draw the same numbers.
+A thread starts with torch's default modes; the gradient mode, the inference mode, autocast, the default device and the
+current CUDA device and stream of the caller are carried over. Every run also has random states of its own, those of the
+moment it was made, so that two runs made at the same moment draw the same numbers.
 """
 
 from __future__ import annotations
@@ -199,8 +199,11 @@ def _modes() -> list[Callable[[], Any]]:
             dtype = torch.get_autocast_dtype(device)
             modes.append(lambda device=device, dtype=dtype: torch.autocast(device, dtype))  # type: ignore[misc]
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        current = torch.cuda.current_device()
-        modes.append(lambda: torch.cuda.device(current))
+        current, stream = torch.cuda.current_device(), torch.cuda.current_stream()
+        modes += [lambda: torch.cuda.device(current), lambda: torch.cuda.stream(stream)]
+    default = torch.get_default_device()
+    if default.type != "cpu":
+        modes.append(lambda: torch.device(default))
     return modes
 
 

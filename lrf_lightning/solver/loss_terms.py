@@ -85,7 +85,7 @@ class LossTerms:
         Args:
             generator: of the signs, on the CPU.
         """
-        signs = torch.randint(2, self.values.shape, generator=generator).to(self.values) * 2 - 1
+        signs = torch.randint(2, self.values.shape, generator=generator, device="cpu").to(self.values) * 2 - 1
         roots = torch.as_tensor(self.count, device=signs.device).to(signs).sqrt()
         if roots.dim() == 2:
             return (self.values * signs * roots).sum(1)

@@ -29,9 +29,12 @@ class Moment:
         if self.diagonal:
             self.add_sum((u.double() * v.double()).sum(1), u.shape[1])
             return
-        u, v = u.float(), v.float()
-        u_scale, v_scale = _scale(u), _scale(v)
-        product = ((u / u_scale).transpose(1, 2) @ (v / v_scale)).double() * (u_scale.double() * v_scale.double())
+        # rows may be as coarse as the user's autocast makes them, but not their products: a moment whose entries are
+        # rounded to 8 bits has negative eigenvalues
+        with torch.autocast(u.device.type, enabled=False):
+            u, v = u.float(), v.float()
+            u_scale, v_scale = _scale(u), _scale(v)
+            product = ((u / u_scale).transpose(1, 2) @ (v / v_scale)).double() * (u_scale.double() * v_scale.double())
         self.add_sum(product, u.shape[1])
 
     def add_sum(

@@ -143,7 +143,11 @@ class EmbeddingRows(LinearRows):
         Raises:
             UnreadableRowsError: if the entries 0, 1, 2, ... are looked up once for the whole batch.
         """
-        shared = batch > 1 and x.numel() == x.shape[-1] and torch.equal(x.flatten(), torch.arange(x.numel()).to(x))
+        shared = (
+            batch > 1
+            and x.numel() == x.shape[-1]
+            and torch.equal(x.flatten(), torch.arange(x.numel(), device=x.device).to(x))
+        )
         if shared:
             raise UnreadableRowsError(
                 f"layer {self.candidate.name!r} looks up the entries 0 to {x.numel() - 1} once for all {batch} samples "

@@ -53,8 +53,8 @@ class RowSampler:
         per_sample = max(1, math.ceil(wanted / self.samples))
         if per_sample >= available:
             return None
-        generator = torch.Generator().manual_seed(hash((self.seed, batch_index, available)) % 2**63)
-        return torch.randperm(available, generator=generator)[:per_sample].sort().values.to(device)
+        generator = torch.Generator("cpu").manual_seed(hash((self.seed, batch_index, available)) % 2**63)
+        return torch.randperm(available, generator=generator, device="cpu")[:per_sample].sort().values.to(device)
 
 
 def collect_statistics(

@@ -27,8 +27,11 @@ from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.statistics import RowSampler, collect_statistics
 from lrf_lightning.surgery import Candidate, Skipped
 
-# paused passes that are alive at a time, each in a thread of its own
-MOST_RUNS = 256
+# paused passes that are alive at a time, each in a thread of its own; on CUDA every thread has workspaces of cuBLAS,
+# 8 to 32 MiB
+MOST_RUNS, MOST_RUNS_ON_CUDA = 256, 128
+# batches that the compensation sees, of two models at least
+MOST_BATCHES, MOST_BATCHES_ON_CUDA = 512, 64
 
 __all__ = ["Curve", "Progress", "Workspace", "energy_curve", "length"]
 
@@ -133,10 +136,10 @@ class Workspace:
     def compensation_batches(self) -> Batches:
         """This process's part of as many calibration batches as may be in the middle of a pass at once.
 
-        A pass of each model keeps about three tensors of the size of the largest input alive. The limit holds for all
-        processes together, so that the factors do not depend on how many there are.
+        A pass of each model keeps about three tensors of the size of the largest input alive, and a thread. The limit
+        holds for all processes together, so that the factors do not depend on how many there are.
         """
-        count = max(1, math.floor(self.memory / max(2 * self._pass_bytes, 1.0)))
+        count = max(1, math.floor(min(self.memory / max(2 * self._pass_bytes, 1.0), self._most_batches)))
         return itertools.islice(self.calibration, self.processes.share(count))
 
     def copies_at_once(self, layers: Mapping[str, LayerStatistics], *, alone: bool = False) -> int:
@@ -149,7 +152,7 @@ class Workspace:
             layers: those that are fitted.
             alone: whether to count as if there were a single process.
         """
-        batches = max(self.batches, 1)
+        batches = min(max(self.batches, 1), self._most_batches)
         passes = self.memory / max(self._pass_bytes * batches, 1.0) - 1
         widest = max(
             (
@@ -161,8 +164,13 @@ class Workspace:
         )
         weights = float(sum(p.numel() * p.element_size() for p in self.model.parameters()))
         # the first process has the most batches
-        threads = MOST_RUNS / math.ceil(batches / (1 if alone else self.processes.size)) - 1
+        runs = MOST_RUNS_ON_CUDA if self.device.type == "cuda" else MOST_RUNS
+        threads = runs / math.ceil(batches / (1 if alone else self.processes.size)) - 1
         return max(1, math.floor(min(passes, threads, self.memory / max(widest + weights, 1.0))))
+
+    @property
+    def _most_batches(self) -> int:
+        return MOST_BATCHES_ON_CUDA if self.device.type == "cuda" else MOST_BATCHES
 
     @property
     def _pass_bytes(self) -> float:

@@ -96,7 +96,7 @@ def test_rows_with_overrides_have_a_name_of_their_own(tmp_path, monkeypatch):
     assert row["overrides"].endswith("callbacks.compress.types=[Linear]")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## Recipe digits_linear" in text
-    assert f"benchmarks.recipes digits --set {row['overrides']} --as digits_linear --seeds 3`" in text
+    assert f"benchmarks.recipes digits --set {row['overrides']} --as digits_linear --budgets 0.6 --seeds 3`" in text
 
 
 def test_a_name_is_for_one_recipe(monkeypatch, capsys):

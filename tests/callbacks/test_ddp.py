@@ -9,6 +9,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from small_modules import QUICK, Classifier, loader, trainer
+from torch.nn import functional
+from torchmetrics.classification import MulticlassF1Score
 from wandb_records import items, records
 
 from lrf_lightning import LowRankCompression, RankMonitor, load_compressed, safe_files, tracking
@@ -41,6 +43,8 @@ class Notes(pl.Callback):
             "ranks": None if result is None else result.ranks,
             "weights": None if result is None else result.model.state_dict(),
             "samples": None if result is None else result.samples,
+            "score": None if result is None else result.certificate.dense.score,
+            "why": getattr(self.compression, "why", ""),
             "live": {name: type(module).__name__ for name, module in pl_module.named_modules()},
         }
         torch.save(noted, self.folder / f"rank{trainer.global_rank}.pt")
@@ -58,8 +62,14 @@ def fit(folder, callback, *, validation, processes=2, module=None, **options):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
+class Remembers(LowRankCompression):
+    def _report_failure(self, trainer, error):
+        self.why = str(error)
+        super()._report_failure(trainer, error)
+
+
 def compression(folder, **options):
-    return LowRankCompression(**(QUICK | {"objective": "budget", "dirpath": folder} | options))
+    return Remembers(**(QUICK | {"objective": "budget", "dirpath": folder} | options))
 
 
 @pytest.mark.parametrize("samples", [96, 83])  # 83 samples are 6 batches, of which the last one is short
@@ -78,6 +88,57 @@ def test_all_processes_end_with_the_model_of_one_process(tmp_path, samples):
     loaded = load_compressed(Classifier(), tmp_path / "two")
     torch.testing.assert_close(dict(loaded.state_dict()), dict(first["weights"]), rtol=0, atol=0)
     assert (tmp_path / "two" / "compressed.ckpt").is_file()
+
+
+class Scored(Classifier):
+    """Logs a metric object, which the trainer computes over all processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.f1 = MulticlassF1Score(num_classes=4, average="macro")
+
+    def validation_step(self, batch, batch_idx):
+        self.f1(self.net(batch[0]), batch[1])
+        self.log("val/f1", self.f1)
+        return super().validation_step(batch, batch_idx)
+
+
+def test_a_metric_object_is_that_of_the_batch_on_every_process(tmp_path):
+    validation, modules = loader(83, seed=1), (Scored(), Scored())
+    modules[1].load_state_dict(modules[0].state_dict())
+    (alone,) = fit(
+        tmp_path / "a",
+        compression(tmp_path / "one", score="val/f1"),
+        validation=validation,
+        processes=1,
+        module=modules[0],
+    )
+    first, second = fit(
+        tmp_path / "b", compression(tmp_path / "two", score="val/f1"), validation=validation, module=modules[1]
+    )
+    assert first["failed"] == second["failed"] == 0
+    assert first["ranks"] == second["ranks"] == alone["ranks"]
+    assert first["score"] == second["score"] == pytest.approx(alone["score"], abs=1e-6)
+    assert 0 < alone["score"] < 1
+
+
+class Gathers(Classifier):
+    """Compares the samples of all processes, which not all of them have at the same time in a solve."""
+
+    def validation_step(self, batch, batch_idx):
+        every = self.all_gather(self.net(batch[0]))
+        self.log("val/loss", functional.cross_entropy(self.net(batch[0]), batch[1]) + 0 * every.sum())
+
+    def training_step(self, batch, batch_idx):
+        return self.validation_step(batch, batch_idx) or functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def test_a_step_that_gathers_ends_in_an_error_instead_of_a_wait(tmp_path):
+    callback = compression(tmp_path / "compressed")
+    for outcome in fit_failing(tmp_path, callback, EndsFit(), Gathers()):
+        assert outcome["failed"] == 1
+        assert "gathers from other processes" in outcome["why"]
+    assert list(tmp_path.glob("**/trained.ckpt"))
 
 
 class FailsOnOne(Classifier):

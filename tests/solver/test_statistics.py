@@ -70,3 +70,28 @@ def test_layers_that_run_again_in_the_backward_pass_are_seen_once(make):
         assert_close(layer.inputs.mean, wanted[name].inputs.mean)
         assert_close(layer.gradients.mean, wanted[name].gradients.mean)
         assert_close(others[name].loss, derivatives[name].loss)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e3])
+def test_gradients_in_float16_neither_vanish_nor_overflow(scale):
+    """The smallest number in float16 is 6e-8 and the largest one 65504, so that the backward pass needs a scale."""
+
+    def loss(model, batch):
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            output = model(batch[0])
+        return scale * functional.cross_entropy(output.float(), batch[1], reduction="none")
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 5)).eval()
+    batches = [(torch.randn(30, 12), torch.randint(5, (30,))) for _ in range(2)]
+    candidates, _ = find_layers(model)
+    found = {}
+    for half in (False, True):
+        layers = collect_statistics(
+            model, candidates, loss, batches, torch.device("cpu"), sampler=RowSampler(1000, 60, 0)
+        )
+        assert not any(layer.problem for layer in layers.values())
+        found[half] = {name: layer.gradients.mean for name, layer in layers.items()}
+    for name, expected in found[False].items():
+        difference = torch.linalg.norm(found[True][name] - expected) / torch.linalg.norm(expected)
+        assert difference < 0.02, name
