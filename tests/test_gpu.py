@@ -9,7 +9,9 @@ from launching import check, notes, started, started_on_two_nodes
 from small_modules import QUICK, Classifier, clouds, loader, network, trainer
 from torch import distributed as dist
 from torch import multiprocessing as mp
+from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 from lrf_lightning import LowRankCompression, compress, load_compressed
 
@@ -65,7 +67,35 @@ def test_all_points_of_a_frontier_are_timed():
         assert all(used > size for used, size in zip(point.speed.peak_memory, point.speed.bytes_on_disk, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+class Mixture(nn.Module):
+    """A convolution, a grouped one, attention and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.grouped = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2, groups=2)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.grouped(torch.relu(self.first(x)))).flatten(2).transpose(1, 2)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_other_layers_are_the_same_as_on_the_cpu():
+    torch.manual_seed(0)
+    model, x = Mixture().eval(), torch.randn(180, 1, 8, 8)
+    y = x.mean((1, 2, 3)).mul(20).round().clamp(-1, 1).long() + 1
+    splits = [list(DataLoader(TensorDataset(x[i : i + 60], y[i : i + 60]), 20)) for i in (0, 60, 120)]
+    options = QUICK | {"objective": "budget", "keep": 0.5, "rank_multiple": 1, "speed": "none"}
+    there, here = (compress(model.to(name), loss, *splits, device=name, **options) for name in (DEVICE, "cpu"))
+    assert {layer.name for layer in there.layers} == {layer.name for layer in here.layers}
+    for one, other in zip(there.layers, here.layers, strict=True):
+        if one.curve is not None:
+            assert one.curve.curvature == pytest.approx(other.curve.curvature, rel=1e-2, abs=1e-9)
+    assert there.certificate.loss_change.mean == pytest.approx(here.certificate.loss_change.mean, abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_the_callback(precision, tmp_path):
     compression = LowRankCompression(objective="budget", keep=0.5, dirpath=tmp_path, strict=True, **QUICK)
     module = Classifier(network(48))
@@ -74,7 +104,9 @@ def test_the_callback(precision, tmp_path):
     assert compression.result.ranks
     loaded = load_compressed(Classifier(network(48)), tmp_path).state_dict()
     expected = compression.result.model.state_dict()
-    assert all(torch.equal(value, expected[name].cpu()) for name, value in loaded.items())
+    assert {value.device.type for value in expected.values()} == {"cpu"}, "where the trainer leaves the module, too"
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+    assert any(layer.curve is not None and max(layer.curve.curvature) > 0 for layer in compression.result.layers)
 
 
 def share(rank, world, model, folder):
