@@ -112,13 +112,13 @@ def test_without_compression_nothing_is_said_about_it(composed, capsys):
 
 def test_hydra_starts_where_argparse_looks_into_every_help(monkeypatch):
     """As it does since Python 3.14; Hydra 1.3 has one help that is no string."""
-    if not hasattr(argparse.ArgumentParser, "_check_help"):
 
-        def look(parser, action):
-            if action.help and "%" in action.help:
-                parser._get_formatter()._expand_help(action)
+    def look(parser, action):
+        if action.help and "%" in action.help:
+            parser._get_formatter()._expand_help(action)
 
-        monkeypatch.setattr(argparse.ArgumentParser, "_check_help", look, raising=False)
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", look, raising=False)
+    if sys.version_info < (3, 14):
         added = argparse.ArgumentParser.add_argument
 
         def add(parser, *args, **kwargs):
@@ -127,7 +127,6 @@ def test_hydra_starts_where_argparse_looks_into_every_help(monkeypatch):
             return action
 
         monkeypatch.setattr(argparse.ArgumentParser, "add_argument", add)
-    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", argparse.ArgumentParser._check_help)
     with pytest.raises((TypeError, ValueError)):
         get_args_parser()
     application._let_help_be_lazy()
