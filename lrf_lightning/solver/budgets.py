@@ -13,12 +13,13 @@ from collections.abc import Callable
 from torch import nn
 
 from lrf_lightning.solver.allocation import RanksKey, ranks_key
-from lrf_lightning.solver.certificate import certify, temperatures
+from lrf_lightning.solver.certificate import certify
 from lrf_lightning.solver.choice import choose_among
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.pareto import marked
 from lrf_lightning.solver.result import Certificate, FrontierPoint
+from lrf_lightning.solver.temperature import temperatures
 
 __all__ = ["measure_budgets"]
 

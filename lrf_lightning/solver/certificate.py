@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from torch import Tensor, nn
-
 from lrf_lightning.solver.evaluation import Outcome, loss_differences, score_differences
 from lrf_lightning.solver.intervals import mean_interval, paired_interval, tango_interval
 from lrf_lightning.solver.result import Certificate, Interval, Verdict
 from lrf_lightning.solver.settings import Settings
+from lrf_lightning.solver.temperature import scaled_losses
 
-__all__ = ["certify", "fit_temperature", "temperatures"]
+__all__ = ["certify"]
 
 
 def certify(
@@ -50,10 +49,6 @@ def certify(
     needed = None
     if verdict == "inconclusive":
         needed = _samples_needed(loss_change, score_change, loss_margin, settings, before.samples)
-    endless = "" if temperatures is None else _endless(temperatures)
-    scaled = None
-    if temperatures is not None and not endless:
-        scaled = _scaled_loss(dense, temperatures[0]), _scaled_loss(compressed, temperatures[1])
     return Certificate(
         verdict=verdict,
         dense=before,
@@ -64,67 +59,8 @@ def certify(
         score_margin=settings.score_margin,
         confidence=settings.confidence,
         samples_needed=needed,
-        scaled_dense_loss=None if scaled is None else scaled[0],
-        temperature=None if temperatures is None or scaled is None or scaled[0] is None else temperatures[0],
-        scaled_compressed_loss=None if scaled is None else scaled[1],
-        no_temperature=endless,
+        **({} if temperatures is None else scaled_losses(dense, compressed, temperatures)),
     )
-
-
-def temperatures(dense: Outcome, compressed: Outcome) -> tuple[float, float] | None:
-    """The best temperatures of two models, None unless both gave logits; see :func:`fit_temperature`."""
-    found = fit_temperature(dense), fit_temperature(compressed)
-    return None if found[0] is None or found[1] is None else (found[0], found[1])
-
-
-def fit_temperature(outcome: Outcome) -> float | None:
-    """The temperature that minimises the cross-entropy of logits / temperature, None without logits.
-
-    The cross-entropy is convex in 1 / temperature and its derivative there is the mean over samples of the expected
-    logit minus the target's logit; the root is bisected between temperatures of 1/20 and 20 (Guo et al. 2017, On
-    calibration of modern neural networks, for the idea). Beyond them there is none worth the name: 0 stands for a
-    cross-entropy that falls with ever more confidence, as where every answer is right, infinity for ever less.
-    """
-    if outcome.logits is None or outcome.target is None:
-        return None
-    known = outcome.target >= 0  # the usual mark of rows without a target, ignore_index, is negative
-    logits, target = outcome.logits[known].double(), outcome.target[known]
-    if len(target) == 0:
-        return None
-    wanted = logits.gather(1, target[:, None]).mean()
-
-    def is_too_sharp(log_temperature: float) -> bool:
-        expected = ((logits * math.exp(-log_temperature)).softmax(1) * logits).sum(1).mean()
-        return bool(expected > wanted)
-
-    low, high = math.log(1 / 20), math.log(20)
-    if not is_too_sharp(low):
-        return 0.0
-    if is_too_sharp(high):
-        return math.inf
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_too_sharp(middle) else (low, middle)
-    return math.exp((low + high) / 2)
-
-
-def _endless(temperatures: tuple[float, float]) -> str:
-    """Which model has no best temperature, and why; empty if both have one."""
-    for whose, temperature in zip(("original", "compressed model"), temperatures, strict=True):
-        if temperature == 0 or math.isinf(temperature):
-            kind = "more" if temperature == 0 else "less"
-            return f"on the selection split the loss of the {whose} falls with ever {kind} confidence"
-    return ""
-
-
-def _cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> float:
-    return float(nn.functional.cross_entropy(logits.double() / temperature, target))
-
-
-def _scaled_loss(outcome: Outcome, temperature: float) -> float | None:
-    if outcome.logits is None or outcome.target is None:
-        return None
-    return _cross_entropy(outcome.logits, outcome.target, temperature)
 
 
 def _verdict(

@@ -18,7 +18,7 @@ from lrf_lightning.distributed import Processes, current_processes
 from lrf_lightning.model_copy import copied_model, shareable
 from lrf_lightning.solver.budgets import measure_budgets
 from lrf_lightning.solver.calibration import calibrate
-from lrf_lightning.solver.certificate import certify, temperatures
+from lrf_lightning.solver.certificate import certify
 from lrf_lightning.solver.changes import changed_samples
 from lrf_lightning.solver.choice import choose_compact, choose_lossless
 from lrf_lightning.solver.devices import check_one_device, solver_device
@@ -34,6 +34,7 @@ from lrf_lightning.solver.result import FrontierPoint, LayerResult, Solution
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.speed import Scope, measure_speed
 from lrf_lightning.solver.speed_result import Speed
+from lrf_lightning.solver.temperature import temperatures
 from lrf_lightning.solver.workspace import Progress, Workspace
 from lrf_lightning.surgery import Candidate, Skipped, find_layers, prepare, settle
 

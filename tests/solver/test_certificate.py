@@ -10,10 +10,11 @@ import torch
 from scipy import optimize
 from torch.nn import functional
 
-from lrf_lightning.solver.certificate import certify, fit_temperature
+from lrf_lightning.solver.certificate import certify
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.intervals import bootstrap_bound, student_quantile, tango_interval
 from lrf_lightning.solver.settings import Settings, default_loss_margin
+from lrf_lightning.solver.temperature import fit_temperature
 
 POSITIVE = ("better", "not worse")
 TRIALS = 2000
@@ -380,3 +381,5 @@ def test_scaled_losses_are_reported_for_classifiers():
     plain = certify(dense, compressed, Settings())
     assert (plain.temperature, plain.scaled_dense_loss, plain.scaled_compressed_loss) == (None, None, None)
     assert certificate.no_temperature == plain.no_temperature == ""
+    for without in (dataclasses.replace(dense, logits=None), dataclasses.replace(dense, target=dense.target * 0 - 100)):
+        assert certify(without, compressed, Settings(), temperatures=(3.0, 2.5)).temperature is None
