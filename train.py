@@ -28,9 +28,9 @@ from rich.table import Table
 from lrf_lightning import CompressionResult, LowRankCompression
 from lrf_lightning.best_checkpoint import best_checkpoint_path
 from lrf_lightning.best_effort import best_effort
-from lrf_lightning.training_cache import fit_once, source_files
-from lrf_lightning.wandb_account import offline_without_account
-from lrf_lightning.wandb_group import grouped_by_sweep
+from lrf_lightning.sweeps.training_cache import fit_once, source_files
+from lrf_lightning.wandb_logging.account import offline_without_account
+from lrf_lightning.wandb_logging.group import grouped_by_sweep
 
 # parts of the config that do not decide the training
 AFTER_TRAINING = ("cache_dir", "compress_margins", "logger", "optimized_metric", "paths", "task_name", "test", "train")

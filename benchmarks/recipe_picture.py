@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.recipe_figures import METHODS, NAMES, Rows, percent_kept, rows_of, score_factor, score_name, seeds_of
-from lrf_lightning.plot_style import BLUE, GREEN, GREY, ORANGE, symmetric_log
+from lrf_lightning.plots.style import BLUE, GREEN, GREY, ORANGE, symmetric_log
 
 __all__ = ["picture"]
 

@@ -24,8 +24,8 @@ from benchmarks.recipe_figures import (
 )
 from benchmarks.recipe_picture import picture
 from benchmarks.results import read_rows, write_section
-from lrf_lightning.plot_style import to_png
-from lrf_lightning.report_cells import scaled
+from lrf_lightning.plots.style import to_png
+from lrf_lightning.reports.cells import scaled
 
 __all__ = ["write_report"]
 

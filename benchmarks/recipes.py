@@ -34,8 +34,8 @@ from benchmarks.recipe_report import write_report
 from benchmarks.results import append_row, read_rows
 from lrf_lightning import CompressionResult
 from lrf_lightning.fingerprint import fingerprint
+from lrf_lightning.reports.summary import PREFIX, summary
 from lrf_lightning.solver.latency import device_name
-from lrf_lightning.summary import PREFIX, summary
 
 FOLDER = Path(__file__).parent
 CONF = FOLDER.parent / "conf"
@@ -43,7 +43,7 @@ BASELINES = ("plain SVD", "activation-whitened SVD")
 OURS = ("lossless", "compact", "frontier")
 CALIBRATION = ("statistics", "factorization", "curves", "perturbation range")  # stages
 QUIET = ("logger=none", "+trainer.enable_progress_bar=false", "hydra.mode=RUN")
-# figures of lrf_lightning.summary that are kept
+# figures of lrf_lightning.reports.summary that are kept
 FIGURES = (
     "params_model_before", "params_model_after", "params_layers_before", "params_layers_after",
     "params_factorized_before", "params_factorized_after", "flops_layers_before", "flops_layers_after",

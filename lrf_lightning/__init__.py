@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lrf_lightning.api import CompressionResult, compress
-    from lrf_lightning.batch_norm_folding import fold_batch_norms
     from lrf_lightning.callbacks.compression import LowRankCompression
     from lrf_lightning.callbacks.rank_monitor import RankMonitor
-    from lrf_lightning.checkpoint import CheckpointError, load_compressed, read_metadata, restore_dense
-    from lrf_lightning.export import ExportError, export_onnx, export_program
+    from lrf_lightning.export.batch_norm_folding import fold_batch_norms
+    from lrf_lightning.export.files import ExportError, export_onnx, export_program
+    from lrf_lightning.saving.checkpoint import CheckpointError, load_compressed, read_metadata, restore_dense
+    from lrf_lightning.saving.structure_hook import LowRankCheckpointMixin
     from lrf_lightning.solver.evaluation import StepOutput
     from lrf_lightning.solver.loss_terms import LossTerms
     from lrf_lightning.solver.settings import Settings
-    from lrf_lightning.structure_hook import LowRankCheckpointMixin
 
 __version__ = "0.1.0"
 
@@ -42,22 +42,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CheckpointError": "lrf_lightning.checkpoint",
+    "CheckpointError": "lrf_lightning.saving.checkpoint",
     "CompressionResult": "lrf_lightning.api",
-    "ExportError": "lrf_lightning.export",
+    "ExportError": "lrf_lightning.export.files",
     "LossTerms": "lrf_lightning.solver.loss_terms",
-    "LowRankCheckpointMixin": "lrf_lightning.structure_hook",
+    "LowRankCheckpointMixin": "lrf_lightning.saving.structure_hook",
     "LowRankCompression": "lrf_lightning.callbacks.compression",
     "RankMonitor": "lrf_lightning.callbacks.rank_monitor",
     "Settings": "lrf_lightning.solver.settings",
     "StepOutput": "lrf_lightning.solver.evaluation",
     "compress": "lrf_lightning.api",
-    "export_onnx": "lrf_lightning.export",
-    "export_program": "lrf_lightning.export",
-    "fold_batch_norms": "lrf_lightning.batch_norm_folding",
-    "load_compressed": "lrf_lightning.checkpoint",
-    "read_metadata": "lrf_lightning.checkpoint",
-    "restore_dense": "lrf_lightning.checkpoint",
+    "export_onnx": "lrf_lightning.export.files",
+    "export_program": "lrf_lightning.export.files",
+    "fold_batch_norms": "lrf_lightning.export.batch_norm_folding",
+    "load_compressed": "lrf_lightning.saving.checkpoint",
+    "read_metadata": "lrf_lightning.saving.checkpoint",
+    "restore_dense": "lrf_lightning.saving.checkpoint",
 }
 
 

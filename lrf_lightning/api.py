@@ -14,19 +14,19 @@ import torch
 from torch import nn
 
 from lrf_lightning import random_state
-from lrf_lightning.batches import fixed_order, overlaps
+from lrf_lightning.data.batches import fixed_order, overlaps
 from lrf_lightning.distributed import current_processes
-from lrf_lightning.loss_explanation import ExplainedLoss
-from lrf_lightning.seeded_batches import SeededBatches, split_seed
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.joint import CalibrationStep, solve
 from lrf_lightning.solver.result import Solution
+from lrf_lightning.solver.seeded_batches import SeededBatches, split_seed
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.workspace import Progress
+from lrf_lightning.steps.loss_explanation import ExplainedLoss
 from lrf_lightning.surgery import settle
 
 if TYPE_CHECKING:
-    from lrf_lightning.given_weights import Weights
+    from lrf_lightning.saving.given_weights import Weights
 
 __all__ = ["CompressionResult", "compress"]
 
@@ -41,7 +41,7 @@ class CompressionResult(Solution):
         Raises:
             OSError: if the folder cannot be written; the model stays in memory.
         """
-        from lrf_lightning.checkpoint import save_compressed
+        from lrf_lightning.saving.checkpoint import save_compressed
 
         return save_compressed(self, path)
 
@@ -109,7 +109,8 @@ def compress(
         loss: ``loss(model, batch)``, a Tensor of shape (batch,) with one loss per sample or () with the mean over the
             batch, or a :class:`~lrf_lightning.StepOutput` that also holds a score. It is called in evaluation mode. The
             tokens or pixels that a sample's loss is a mean over are found where it calls a common loss function of
-            torch (:class:`~lrf_lightning.loss_explanation.ExplainedLoss`); otherwise give them as ``StepOutput.terms``.
+            torch (:class:`~lrf_lightning.steps.loss_explanation.ExplainedLoss`); otherwise give them as
+            ``StepOutput.terms``.
         calibration: batches for statistics, predictions and compensation, best held out from training. Like the other
             two, a DataLoader, whose order is drawn once; an iterator, which is read into memory; or any iterable that
             yields the same samples in the same order each time it is run through.
@@ -120,7 +121,7 @@ def compress(
         progress: called as ``progress(stage, done, total)``; a total of 0 is unknown.
         score_name: what the score is called in the report, such as ``"accuracy"``.
         cache_dir: folder of calibrations that solves of the same model and data share, whatever their objective and
-            budget; see :mod:`lrf_lightning.calibration_cache`.
+            budget; see :mod:`lrf_lightning.solver.calibration_cache`.
         weights: what a copy of the model gets first: a state dict, or the path or URL of a file with one, such as a
             checkpoint of Lightning or a ``.safetensors`` file. None takes the model's own.
         **settings: fields of :class:`~lrf_lightning.solver.settings.Settings`.
@@ -139,7 +140,7 @@ def compress(
     if not callable(loss):
         raise TypeError(f"loss={loss!r} is no callable; give loss(model, batch) that returns a Tensor or a StepOutput")
     if weights is not None:
-        from lrf_lightning.given_weights import with_weights
+        from lrf_lightning.saving.given_weights import with_weights
 
         model = with_weights(model, weights)
     given = {"calibration": calibration, "selection": selection, "verification": verification}
@@ -161,7 +162,7 @@ def compress(
 
 
 def _cached(folder: str | PathLike[str]) -> CalibrationStep:
-    from lrf_lightning.calibration_cache import CalibrationCache
+    from lrf_lightning.solver.calibration_cache import CalibrationCache
 
     return CalibrationCache(folder)
 

@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from lrf_lightning import safe_files
-from lrf_lightning.checkpoint import load_compressed, save_compressed
-from lrf_lightning.compression_record import CheckpointError
 from lrf_lightning.safe_files import AnyPath
+from lrf_lightning.saving.checkpoint import load_compressed, save_compressed
+from lrf_lightning.saving.compression_record import CheckpointError
 from lrf_lightning.solver.result import Solution
 
 __all__ = ["from_pretrained", "save_pretrained"]

@@ -20,7 +20,7 @@ import torch
 from hydra.utils import get_class
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lrf_lightning.given_weights import with_weights
+from lrf_lightning.saving.given_weights import with_weights
 
 __all__ = ["load_datamodule", "load_module"]
 

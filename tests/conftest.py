@@ -39,7 +39,7 @@ def _isolated(tmp_path, monkeypatch):
     monkeypatch.setattr("lrf_lightning.solver.speed.SHORTEST_SECONDS", 1e-4)
     monkeypatch.setattr("lrf_lightning.solver.latency.RANK_SECONDS", 0.01)
     monkeypatch.setenv("LRF_LIGHTNING_CACHE", "")
-    monkeypatch.setattr("lrf_lightning.latency_cache._memory", {})
+    monkeypatch.setattr("lrf_lightning.solver.latency_cache._memory", {})
     environment = {name: os.environ.get(name) for name in LEAKY}
     yield
     assert {name: os.environ.get(name) for name in LEAKY} == environment, "a test changed the launcher's environment"

@@ -20,7 +20,8 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lrf_lightning import LowRankCompression, tracking
+from lrf_lightning import LowRankCompression
+from lrf_lightning.callbacks import tracking
 
 
 class Data(pl.LightningDataModule):

@@ -11,8 +11,8 @@ from torch import nn
 
 from lrf_lightning import CheckpointError, StepOutput, compress, restore_dense
 from lrf_lightning.huggingface import from_pretrained, save_pretrained
-from lrf_lightning.loss_explanation import ExplainedLoss
-from lrf_lightning.step_loss import StepLoss
+from lrf_lightning.steps.loss_explanation import ExplainedLoss
+from lrf_lightning.steps.step_loss import StepLoss
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,13 +20,13 @@ from torch.nn.parameter import UninitializedParameter
 from lrf_lightning import safe_files
 from lrf_lightning.best_checkpoint import best_checkpoint_callback
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
-from lrf_lightning.export import FORMATS, missing_packages
-from lrf_lightning.loaders import has_loader
+from lrf_lightning.data.loaders import has_loader
+from lrf_lightning.export.files import FORMATS, missing_packages
 from lrf_lightning.solver.batch_contents import to_device
 from lrf_lightning.solver.devices import solver_device
 from lrf_lightning.solver.evaluation import evaluation_mode
 from lrf_lightning.solver.settings import Settings
-from lrf_lightning.step_loss import Score, StepLoss, can_be_run
+from lrf_lightning.steps.step_loss import Score, StepLoss, can_be_run
 from lrf_lightning.surgery import find_layers
 
 __all__ = [
@@ -231,7 +231,7 @@ def check_loss(
         trainer: in its sanity check.
         module: the module, before training.
         batch: of the validation data, on the module's device.
-        score: see :class:`~lrf_lightning.step_loss.StepLoss`.
+        score: see :class:`~lrf_lightning.steps.step_loss.StepLoss`.
         loaders: what was given for the splits, by name.
     """
     others = any(loader is not None or has_loader(trainer, module, role) for role, loader in loaders.items())

@@ -24,25 +24,27 @@ from torch import Tensor, nn
 
 from lrf_lightning import safe_files
 from lrf_lightning.api import compress
-from lrf_lightning.batches import dealt
 from lrf_lightning.callbacks import checks
 from lrf_lightning.callbacks.attempts import Attempts
 from lrf_lightning.callbacks.best_weights import load_best_weights
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
-from lrf_lightning.checkpoint import lightning_checkpoint, register_structure_hook, save_compressed
-from lrf_lightning.device_batches import DeviceBatches
+from lrf_lightning.callbacks.tracking import log_solution
+from lrf_lightning.copies.model_copy import copied_model
+from lrf_lightning.copies.unsharded import whole_weights
+from lrf_lightning.data.batches import dealt
+from lrf_lightning.data.device_batches import DeviceBatches
+from lrf_lightning.data.loaders import ROLES, check_loaders, resolve_loaders
 from lrf_lightning.distributed import current_processes
-from lrf_lightning.export import ExportedFile, ExportError, export_model
-from lrf_lightning.loaders import ROLES, check_loaders, resolve_loaders
-from lrf_lightning.model_copy import copied_model
+from lrf_lightning.export.files import ExportedFile, ExportError, export_model
+from lrf_lightning.export.sample_call import Sample, find_sample
+from lrf_lightning.plots.sample_images import find_images
 from lrf_lightning.progress import stage_progress
-from lrf_lightning.report import print_report
+from lrf_lightning.reports.report import print_report
 from lrf_lightning.run_folder import run_folder
-from lrf_lightning.sample_call import Sample, find_sample
-from lrf_lightning.sample_images import find_images
-from lrf_lightning.seeded_batches import split_seed
+from lrf_lightning.saving.checkpoint import lightning_checkpoint, register_structure_hook, save_compressed
 from lrf_lightning.solver.devices import solver_device
 from lrf_lightning.solver.evaluation import Batches, LossFunction
+from lrf_lightning.solver.seeded_batches import split_seed
 from lrf_lightning.solver.settings import (
     BUDGETS,
     ConvOrder,
@@ -55,10 +57,8 @@ from lrf_lightning.solver.settings import (
     Settings,
     SpeedRuntime,
 )
-from lrf_lightning.step_loss import Score, StepLoss
-from lrf_lightning.tracking import log_solution
-from lrf_lightning.unsharded import whole_weights
-from lrf_lightning.wandb_fork import finish_before_exit
+from lrf_lightning.steps.step_loss import Score, StepLoss
+from lrf_lightning.wandb_logging.fork import finish_before_exit
 
 if TYPE_CHECKING:
     from lrf_lightning.api import CompressionResult
@@ -89,7 +89,7 @@ class LowRankCompression(Callback):
 
     Args:
         loss: ``loss(module, batch)``, a Tensor of shape (batch,) or () or a ``StepOutput``; None takes the loss from
-            the module's own steps, see :mod:`lrf_lightning.step_loss`.
+            the module's own steps, see :mod:`lrf_lightning.steps.step_loss`.
         score: ``score(module, batch)`` of shape (batch,) or (), larger is better, or the name of a value that a step
             logs, such as ``"val/acc"``; None is the accuracy where the loss is a cross-entropy.
         calibration: loader for statistics, or the name of a method of the datamodule or the module that makes it; None
@@ -107,7 +107,7 @@ class LowRankCompression(Callback):
             of its own.
         export: formats in which the compressed model is also written, of ``onnx`` (the extra ``export``) and ``pt2``
             (``torch.export``); it is called with the module's ``example_input_array``, or else with the inputs of a
-            batch. See :mod:`lrf_lightning.export`.
+            batch. See :mod:`lrf_lightning.export.files`.
         log_artifact: whether the compressed model is also handed to a W&B logger as an artifact.
         cache_dir: folder of calibrations that the jobs of a sweep share; None for none.
         strict: whether a failure is raised instead of reported.
@@ -271,21 +271,21 @@ class LowRankCompression(Callback):
         Raises:
             CheckpointError: if the checkpoint is one, or its description is damaged.
         """
-        from lrf_lightning.lightning_checkpoint import check_loaded
+        from lrf_lightning.saving.lightning_checkpoint import check_loaded
 
         # a hook of the module may have changed the weights on purpose
         check_loaded(checkpoint, weights=not is_overridden("on_load_checkpoint", pl_module))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a fit resume from what is saved after layers of the live module were replaced."""
-        from lrf_lightning.optimizer_state import drop_replaced_parameters
+        from lrf_lightning.saving.optimizer_state import drop_replaced_parameters
 
         if self.in_place and self.result is not None:
             drop_replaced_parameters(trainer, pl_module, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the optimizers what a compressed checkpoint kept of their state."""
-        from lrf_lightning.optimizer_state import restore_optimizer_states
+        from lrf_lightning.saving.optimizer_state import restore_optimizer_states
 
         restore_optimizer_states(trainer, pl_module)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from lrf_lightning import random_state
+from lrf_lightning.copies.model_copy import copied_model
+from lrf_lightning.copies.unsharded import copied
 from lrf_lightning.matmul_precision import matmul_precision
-from lrf_lightning.model_copy import copied_model
-from lrf_lightning.unsharded import copied
 
 __all__ = ["UncompiledModule", "detached_copy", "undisturbed"]
 
@@ -53,12 +53,12 @@ def detached_copy(module: LightningModule, whole: Mapping[int, Tensor] | None = 
 
     Tensors that hang on a graph (losses that a step has left in an attribute) are copied without it, since torch
     refuses to copy them otherwise. Attributes that cannot be copied at all, such as locks and open files, are shared,
-    and so is a trainer that hangs in another attribute; see :mod:`~lrf_lightning.model_copy`.
+    and so is a trainer that hangs in another attribute; see :mod:`~lrf_lightning.copies.model_copy`.
 
     Args:
         module: the module.
         whole: what stands in for weights that are spread over processes, see
-            :func:`~lrf_lightning.unsharded.whole_weights`.
+            :func:`~lrf_lightning.copies.unsharded.whole_weights`.
     """
     memo: dict[int, Any] = dict(whole or {})
     if module._compiler_ctx is not None:

@@ -22,17 +22,17 @@ from lrf_lightning.callbacks.checks import SHARDED
 from lrf_lightning.callbacks.clock import Clock
 from lrf_lightning.callbacks.compression import LowRankCompression
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
-from lrf_lightning.device_batches import DeviceBatches
-from lrf_lightning.loaders import resolve_loaders
+from lrf_lightning.data.device_batches import DeviceBatches
+from lrf_lightning.data.loaders import resolve_loaders
 from lrf_lightning.run_folder import run_folder
 from lrf_lightning.solver.batch_contents import batch_size
 from lrf_lightning.solver.devices import solver_device
 from lrf_lightning.solver.factorization import decomposition_cost
 from lrf_lightning.solver.forecast import Forecast, forecast
 from lrf_lightning.solver.spectra import Spectrum, spectrum
-from lrf_lightning.step_loss import StepLoss
+from lrf_lightning.steps.step_loss import StepLoss
 from lrf_lightning.surgery import find_layers
-from lrf_lightning.wandb_fork import finish_before_exit
+from lrf_lightning.wandb_logging.fork import finish_before_exit
 
 __all__ = ["RankMonitor"]
 
@@ -235,8 +235,8 @@ def _compression(trainer: Trainer) -> LowRankCompression:
 
 
 def _draw(trainer: Trainer, history: Mapping[int, Mapping[str, Spectrum]], folder: str) -> None:
-    from lrf_lightning.plot_style import to_png
-    from lrf_lightning.spectra_plots import spectra_over_time
+    from lrf_lightning.plots.spectra import spectra_over_time
+    from lrf_lightning.plots.style import to_png
 
     picture = to_png(spectra_over_time(history))
     best_effort("write the picture of the ranks", lambda: _write(folder, picture))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lrf_lightning.copies.model_copy import copied_model
 from lrf_lightning.distributed import ALONE, Processes
-from lrf_lightning.model_copy import copied_model
 from lrf_lightning.solver.batch_contents import batch_size, to_device
 from lrf_lightning.solver.evaluation import Batches, LossFunction, evaluation_mode
 
@@ -42,7 +42,7 @@ def renormalized(
         batches: this process's calibration data.
         device: where batches are moved to.
         processes: who else works on other batches.
-        shared: what the copy shares, see :func:`~lrf_lightning.model_copy.shareable`.
+        shared: what the copy shares, see :func:`~lrf_lightning.copies.model_copy.shareable`.
     """
     copied = copied_model(model, shared)
     norms = {name: module for name, module in copied.named_modules() if _keeps_statistics(module)}

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from lrf_lightning.seeded_batches import SeededBatches, split_seed
 from lrf_lightning.solver.batch_contents import batch_size, to_device
 from lrf_lightning.solver.compensation import can_be_fitted
 from lrf_lightning.solver.curves import Prediction, Tails, component_derivatives, predict
@@ -30,6 +29,7 @@ from lrf_lightning.solver.probes import (
     probe_groups,
     probe_ranks,
 )
+from lrf_lightning.solver.seeded_batches import SeededBatches, split_seed
 from lrf_lightning.solver.statistics import NEVER_RAN, NO_GRADIENT, RowSampler
 from lrf_lightning.solver.workspace import Curve, Workspace, energy_curve, length
 from lrf_lightning.surgery import Candidate, Skipped

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from lrf_lightning.copies.model_copy import copied_model, shareable
 from lrf_lightning.distributed import Processes, current_processes
-from lrf_lightning.model_copy import copied_model, shareable
 from lrf_lightning.solver.budgets import measure_budgets
 from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.certificate import certify

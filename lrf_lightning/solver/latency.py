@@ -10,7 +10,8 @@ single disturbed timings do not count. Of two ranks the larger one cannot really
 non-decreasing by isotonic regression (pool adjacent violators) and interpolated in between. Where a larger rank was
 measured to cost no more, the allocation therefore takes the larger one.
 
-The time spent on one shape of layer is bounded, and the figures are kept; see :mod:`lrf_lightning.latency_cache`.
+The time spent on one shape of layer is bounded, and the figures are kept; see
+:mod:`lrf_lightning.solver.latency_cache`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrf_lightning import latency_cache
 from lrf_lightning.distributed import Processes
 from lrf_lightning.matmul_precision import matmul_precision
 from lrf_lightning.modules.base import memory_format
+from lrf_lightning.solver import latency_cache
 from lrf_lightning.solver.layer_input import LayerInput
 from lrf_lightning.solver.layer_statistics import LayerStatistics, TiedUse
 from lrf_lightning.surgery import Candidate

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrf_lightning import random_state
-from lrf_lightning.model_copy import copied_model
+from lrf_lightning.copies.model_copy import copied_model
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.allocation import RanksKey, ranks_key
 from lrf_lightning.surgery import prepare, set_structure

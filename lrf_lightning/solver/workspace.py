@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrf_lightning.copies.model_copy import copied_model
 from lrf_lightning.distributed import ALONE, Processes, assigned
-from lrf_lightning.model_copy import copied_model
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.conv_orders import best_factors, decomposed, order_cost
 from lrf_lightning.solver.curves import Prediction
@@ -79,7 +79,7 @@ class Workspace:
         keeps_gradients: whether the moments of all gradients are in memory; else they are collected anew when needed.
         samples: samples in every split.
         seconds: wall-clock seconds of every stage.
-        shared: what all copies of the model share, see :func:`~lrf_lightning.model_copy.shareable`.
+        shared: what all copies of the model share, see :func:`~lrf_lightning.copies.model_copy.shareable`.
     """
 
     model: nn.Module

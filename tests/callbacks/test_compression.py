@@ -23,7 +23,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lrf_lightning import LowRankCompression, StepOutput, export, load_compressed, safe_files, tracking
+from lrf_lightning import LowRankCompression, StepOutput, load_compressed, safe_files
+from lrf_lightning.callbacks import tracking
+from lrf_lightning.export import files as export
 from lrf_lightning.modules import LowRankModule
 
 

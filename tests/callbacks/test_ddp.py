@@ -13,8 +13,8 @@ from torch.nn import functional
 from torchmetrics.classification import MulticlassF1Score
 from wandb_records import items, records
 
-from lrf_lightning import LowRankCompression, RankMonitor, load_compressed, safe_files, tracking
-from lrf_lightning.callbacks import attempts
+from lrf_lightning import LowRankCompression, RankMonitor, load_compressed, safe_files
+from lrf_lightning.callbacks import attempts, tracking
 
 
 @pytest.fixture(autouse=True)

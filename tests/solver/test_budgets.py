@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import StepOutput, compress, load_compressed
-from lrf_lightning.report_budgets import budgets_table
+from lrf_lightning.reports.budgets import budgets_table
+from lrf_lightning.reports.tables import frontier_rows
+from lrf_lightning.saving.structure_hook import register_structure_hook
 from lrf_lightning.solver import joint
 from lrf_lightning.solver.point_models import PointModels
 from lrf_lightning.solver.speed import measure_speed
 from lrf_lightning.solver.workspace import Workspace
-from lrf_lightning.structure_hook import register_structure_hook
-from lrf_lightning.tables import frontier_rows
 
 BUDGETS = (0.6, 0.5, 0.3, 0.25)
 

@@ -1,0 +1,1 @@
+"""Copies of models, whatever users keep in them and however their weights are spread."""

@@ -1,0 +1,1 @@
+"""Models for deployment: ONNX and ``torch.export``."""

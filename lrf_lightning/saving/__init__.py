@@ -1,0 +1,1 @@
+"""Compressed models as files, and back, without running code from a file."""

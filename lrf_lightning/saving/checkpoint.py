@@ -1,0 +1,209 @@
+"""A compressed model on disk, and back, without pickle.
+
+A folder holds two files. ``model.safetensors`` has the weights and, in its header, the whole description; it alone is
+what is loaded, and it is replaced in one step, so a save that is killed leaves the old model or the new one.
+``compression.json`` is the description again, for people and other tools. The format of Lightning's checkpoints is
+served by :mod:`lrf_lightning.saving.lightning_checkpoint`; :func:`load_compressed` reads both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrf_lightning import safe_files
+from lrf_lightning.copies.model_copy import copied_model
+from lrf_lightning.modules import LowRankModule
+from lrf_lightning.safe_files import AnyPath
+from lrf_lightning.saving.compression_record import CheckpointError, describe, to_json
+from lrf_lightning.saving.lightning_checkpoint import is_lightning_checkpoint, lightning_checkpoint, parse_checkpoint
+from lrf_lightning.saving.module_versions import with_versions
+from lrf_lightning.saving.structure_hook import LowRankCheckpointMixin, register_structure_hook, splits_in
+from lrf_lightning.saving.weights_file import pack, read_header, unpack
+from lrf_lightning.solver.result import Solution
+from lrf_lightning.surgery import low_rank_type, restore_dense_structure, set_structure
+from lrf_lightning.surgery.kinds import LOW_RANK_OF
+
+__all__ = [
+    "CheckpointError",
+    "LowRankCheckpointMixin",
+    "lightning_checkpoint",
+    "load_compressed",
+    "read_metadata",
+    "register_structure_hook",
+    "restore_dense",
+    "save_compressed",
+]
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE, DESCRIPTION_FILE = "model.safetensors", "compression.json"
+LISTED = 5  # names that a message lists at most
+
+
+def save_compressed(solution: Solution, path: AnyPath) -> Path | str:
+    """Write ``model.safetensors`` and ``compression.json`` into a folder, which is created if need be.
+
+    Args:
+        solution: what :func:`lrf_lightning.compress` returned.
+        path: a folder, or the URL of one that fsspec understands.
+
+    Returns:
+        The folder; a URL as the string it was.
+
+    Raises:
+        CheckpointError: if an entry of the state dict cannot be stored without pickle.
+        OSError: if a file cannot be written; the message names the cause. An older model in the folder is then still
+            whole, and the new one stays in ``solution.model`` for another try.
+    """
+    content, record = pack(solution.model.state_dict(), describe(solution))
+    try:
+        safe_files.make_folder(path)
+        safe_files.write_bytes(safe_files.join(path, MODEL_FILE), content)
+        safe_files.write_bytes(safe_files.join(path, DESCRIPTION_FILE), to_json(record).encode())
+    except OSError as error:
+        text = f"{error.strerror or error}. The compressed model stays in memory; save it again where there is room"
+        raise (OSError(text) if error.errno is None else OSError(error.errno, text)) from error
+    return safe_files.normal(path)
+
+
+def read_metadata(path: AnyPath) -> dict[str, Any]:
+    """The description of a compressed model: ranks, certificate, frontier, settings and so on, without the weights.
+
+    Numbers that JSON does not know are strings that ``float`` understands, such as ``"Infinity"``.
+
+    Args:
+        path: the folder, its ``model.safetensors``, or a ``compressed.ckpt``.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged, foreign or of a future version.
+        OSError: if it cannot be read.
+    """
+    file = _model_file(path)
+    content = safe_files.read_bytes(file)
+    return parse_checkpoint(content, file)[1] if is_lightning_checkpoint(content) else read_header(content, file)
+
+
+def load_compressed(model: nn.Module | Callable[[], nn.Module], path: AnyPath) -> nn.Module:
+    """Rebuild a compressed model from a dense model of the same architecture and a file.
+
+    The dense model is not touched; what is returned is a copy of it with the file's structure, weights and dtypes, on
+    the devices and in the training mode of the dense model. Nothing in the file is executed.
+
+    Args:
+        model: a model of the architecture that was compressed, with any weights, or a class or function that makes
+            one without arguments.
+        path: the folder that ``save`` wrote, its ``model.safetensors``, or a ``compressed.ckpt``.
+
+    Raises:
+        CheckpointError: if there is no such file, it is truncated, foreign, of a future version or changed since it was
+            written, or does not fit the model.
+        OSError: if it cannot be read.
+        TypeError: if ``model`` makes no module.
+    """
+    file = _model_file(path)
+    content = safe_files.read_bytes(file)
+    state, record = (parse_checkpoint if is_lightning_checkpoint(content) else unpack)(content, file)
+    new = _fresh(model)
+    _check_layers(new, record, file)
+    try:
+        set_structure(new, record["ranks"], splits_in(state))
+    except ValueError as error:
+        raise CheckpointError(f"{file} does not fit {type(new).__name__}: {error}") from error
+    _check_entries(new, state, file)
+    _take_dtypes(new, state)
+    try:
+        new.load_state_dict(with_versions(state, new))
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit {type(new).__name__}: {error}") from error
+    return new
+
+
+def restore_dense(model: nn.Module) -> nn.Module:
+    """A copy of a compressed model in which every pair of factors is multiplied to one dense layer again.
+
+    It computes the same function up to rounding, for tools that need plain layers. The model itself is not touched.
+    """
+    if isinstance(model, LowRankModule):
+        return model.to_dense()
+    dense = copied_model(model)
+    restore_dense_structure(dense)
+    return dense
+
+
+def _model_file(path: AnyPath) -> str:
+    if safe_files.folder_exists(path):
+        file = safe_files.join(path, MODEL_FILE)
+        if not safe_files.file_exists(file):
+            raise CheckpointError(f"the folder {str(path)!r} holds no {MODEL_FILE}, so no compressed model")
+        return file
+    if not safe_files.file_exists(path):
+        raise CheckpointError(f"there is no file or folder {str(path)!r}")
+    return str(path)
+
+
+def _fresh(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return copied_model(model)
+    made = model() if callable(model) else None
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"model={model!r} is neither a module nor a class or function that makes one without arguments")
+    return made
+
+
+def _check_layers(model: nn.Module, record: Mapping[str, Any], file: str) -> None:
+    """Compare the layers that are factorized in the file with those of the dense model."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in record["factorized"].items():
+        module, shape = modules.get(name), tuple(layer["shape"])
+        if module is None or isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            continue  # the projections of packed attention are no layers of their own
+        weight = getattr(module, "weight", None)
+        own_shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        kind = layer["kind"] if isinstance(module, LowRankModule) else _kind(module)
+        if (kind, own_shape) != (layer["kind"], shape):
+            raise CheckpointError(
+                f"{file} does not fit {type(model).__name__}: its layer {name!r} is a {kind} with a weight of shape "
+                f"{own_shape}, in the file it was a {layer['kind']} with a weight of shape {shape}"
+            )
+
+
+def _kind(module: nn.Module) -> str:
+    """Name of the class, or of torch's layer that it does the same as and that a low-rank layer becomes again."""
+    stand_in = low_rank_type(module)
+    return next((kind.__name__ for kind, low in LOW_RANK_OF.items() if low is stand_in), type(module).__name__)
+
+
+def _check_entries(model: nn.Module, state: Mapping[str, Any], file: str) -> None:
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    extra = sorted(name for name in state if name not in own)
+    wrong = [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if isinstance(tensor, Tensor) and isinstance(state.get(name), Tensor) and state[name].shape != tensor.shape
+    ]
+    problems = [
+        f"{what}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''} ({len(names)} in all)"
+        for what, names in (("missing tensors", missing), ("extra tensors", extra), ("wrong shapes", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{file} does not fit {type(model).__name__}; {'; '.join(problems)}")
+    if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in own.values()):
+        raise CheckpointError(
+            f"{type(model).__name__} has tensors on the meta device; give them memory with model.to_empty(device='cpu')"
+        )
+
+
+def _take_dtypes(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Cast in place, before loading, so that parameters that are shared stay shared."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and isinstance(state[name], Tensor) and tensor.dtype != state[name].dtype:
+                tensor.data = tensor.data.to(state[name].dtype)

@@ -1,0 +1,5 @@
+"""``python -m lrf_lightning.sweeps FOLDER``: see :mod:`lrf_lightning.sweeps.summary`."""
+
+from lrf_lightning.sweeps.summary import main
+
+main()
