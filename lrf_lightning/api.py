@@ -18,9 +18,9 @@ from lrf_lightning.data.batches import fixed_order, overlaps
 from lrf_lightning.distributed import current_processes
 from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.joint import CalibrationStep, solve
-from lrf_lightning.solver.result import Solution
 from lrf_lightning.solver.seeded_batches import SeededBatches, split_seed
 from lrf_lightning.solver.settings import Settings
+from lrf_lightning.solver.solution import Solution
 from lrf_lightning.solver.workspace import Progress
 from lrf_lightning.steps.loss_explanation import ExplainedLoss
 from lrf_lightning.surgery import settle
@@ -33,7 +33,7 @@ __all__ = ["CompressionResult", "compress"]
 
 @dataclasses.dataclass(frozen=True)
 class CompressionResult(Solution):
-    """A :class:`~lrf_lightning.solver.result.Solution` that can be saved."""
+    """A :class:`~lrf_lightning.solver.solution.Solution` that can be saved."""
 
     def save(self, path: str | PathLike[str]) -> Path | str:
         """Write ``model.safetensors`` and ``compression.json`` into the folder ``path``.

@@ -17,7 +17,7 @@ from lrf_lightning import safe_files
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.saving.checkpoint import load_compressed, save_compressed
 from lrf_lightning.saving.compression_record import CheckpointError
-from lrf_lightning.solver.result import Solution
+from lrf_lightning.solver.solution import Solution
 
 __all__ = ["from_pretrained", "save_pretrained"]
 

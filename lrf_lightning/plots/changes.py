@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lrf_lightning.plots.style import GREEN, GREY, RED, style, to_png
-from lrf_lightning.solver.result import SampleChange, Solution
+from lrf_lightning.solver.result import SampleChange
+from lrf_lightning.solver.solution import Solution
 
 __all__ = ["changes_figures", "draw_samples", "samples_figure"]
 

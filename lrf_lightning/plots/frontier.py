@@ -24,7 +24,7 @@ from lrf_lightning.plots.style import (
 )
 from lrf_lightning.reports.tables import Row, frontier_rows
 from lrf_lightning.reports.verdict import score_name
-from lrf_lightning.solver.result import Solution
+from lrf_lightning.solver.solution import Solution
 
 __all__ = ["frontier_figures"]
 

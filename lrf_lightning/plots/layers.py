@@ -23,7 +23,8 @@ from lrf_lightning.plots.style import (
     style,
     symmetric_log,
 )
-from lrf_lightning.solver.result import LayerCurve, LayerResult, Solution
+from lrf_lightning.solver.result import LayerCurve, LayerResult
+from lrf_lightning.solver.solution import Solution
 
 __all__ = ["curves_figures", "spectra_figures"]
 

@@ -32,7 +32,8 @@ from lrf_lightning.plots.style import (
     to_png,
 )
 from lrf_lightning.reports.tables import Row, frontier_rows, probe_rows
-from lrf_lightning.solver.result import LayerResult, Solution
+from lrf_lightning.solver.result import LayerResult
+from lrf_lightning.solver.solution import Solution
 
 __all__ = ["PICTURES", "draw"]
 

@@ -18,7 +18,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
-from lrf_lightning.solver.result import LayerCurve, LayerResult, Solution
+from lrf_lightning.solver.result import LayerCurve, LayerResult
+from lrf_lightning.solver.solution import Solution
 
 __all__ = [
     "all_finite",

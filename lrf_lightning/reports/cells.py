@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from lrf_lightning.reports.verdict import decimals, signed
-from lrf_lightning.solver.result import Solution
+from lrf_lightning.solver.solution import Solution
 
 __all__ = [
     "column_name",

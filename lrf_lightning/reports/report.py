@@ -27,7 +27,8 @@ from lrf_lightning.reports.speed import speed_notes, speed_table
 from lrf_lightning.reports.summary import factorized_params
 from lrf_lightning.reports.tables import Row, frontier_rows, share
 from lrf_lightning.reports.verdict import score_name, signed, temperature_sentence, verdict_sentence
-from lrf_lightning.solver.result import LayerResult, Solution
+from lrf_lightning.solver.result import LayerResult
+from lrf_lightning.solver.solution import Solution
 
 __all__ = ["print_report"]
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lrf_lightning.reports.cells import new_table, optional_ratio, scaled
 from lrf_lightning.reports.tables import Row, share, speed_rows
-from lrf_lightning.solver.result import Solution
+from lrf_lightning.solver.solution import Solution
 from lrf_lightning.solver.speed_result import SlowerLayer, Speed, Timing
 
 __all__ = ["speed_notes", "speed_table"]

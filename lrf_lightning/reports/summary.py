@@ -47,7 +47,8 @@ from __future__ import annotations
 
 from lrf_lightning.reports.tables import share
 from lrf_lightning.solver.pareto import HOLDS, holding
-from lrf_lightning.solver.result import Certificate, Interval, Solution
+from lrf_lightning.solver.result import Certificate, Interval
+from lrf_lightning.solver.solution import Solution
 from lrf_lightning.solver.speed_result import Speed
 
 __all__ = ["HOLDS", "PREFIX", "factorized_params", "summary"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from lrf_lightning.reports.tables import share
-from lrf_lightning.solver.result import Certificate, Interval, Solution
+from lrf_lightning.solver.result import Certificate, Interval
+from lrf_lightning.solver.solution import Solution
 
 __all__ = ["decimals", "score_name", "signed", "temperature_sentence", "verdict_sentence"]
 

@@ -25,7 +25,7 @@ from lrf_lightning.saving.lightning_checkpoint import is_lightning_checkpoint, l
 from lrf_lightning.saving.module_versions import with_versions
 from lrf_lightning.saving.structure_hook import LowRankCheckpointMixin, register_structure_hook, splits_in
 from lrf_lightning.saving.weights_file import pack, read_header, unpack
-from lrf_lightning.solver.result import Solution
+from lrf_lightning.solver.solution import Solution
 from lrf_lightning.surgery import low_rank_type, restore_dense_structure, set_structure
 from lrf_lightning.surgery.kinds import LOW_RANK_OF
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from lrf_lightning import random_state
 from lrf_lightning.modules import LowRankModule
-from lrf_lightning.solver.result import LayerCurve, LayerResult, Solution
+from lrf_lightning.solver.result import LayerCurve, LayerResult
+from lrf_lightning.solver.solution import Solution
 
 __all__ = ["FORMAT_VERSION", "CheckpointError", "check_record", "describe", "parse_record", "to_json"]
 

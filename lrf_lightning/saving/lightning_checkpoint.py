@@ -30,7 +30,7 @@ from lrf_lightning.saving.optimizer_state import OPTIMIZERS_KEY, collect_optimiz
 from lrf_lightning.saving.plain_data import plain
 from lrf_lightning.saving.structure_hook import ranks_in
 from lrf_lightning.saving.weights_file import hash_tensors
-from lrf_lightning.solver.result import Solution
+from lrf_lightning.solver.solution import Solution
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -17,6 +17,7 @@ from lrf_lightning.solver.certificate import certify
 from lrf_lightning.solver.choice import choose_among
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.frontier import Frontier
+from lrf_lightning.solver.model_size import parameter_count
 from lrf_lightning.solver.pareto import marked
 from lrf_lightning.solver.result import Certificate, FrontierPoint
 from lrf_lightning.solver.temperature import temperatures
@@ -54,7 +55,7 @@ def measure_budgets(
     # of budgets that lead to the same ranks the smallest is named
     budgets = {ranks_key(point.ranks): share for point, share in zip(found, wanted, strict=True)}
     points = [point for point in {ranks_key(point.ranks): point for point in found}.values() if point.ranks]
-    dense_params = sum(parameter.numel() for parameter in work.model.parameters())
+    dense_params = parameter_count(work.model)
     chosen = choose_among(frontier, points, dense_params)
     points = [
         dataclasses.replace(

@@ -17,6 +17,7 @@ from torch import nn
 from lrf_lightning.solver.allocation import Option, path
 from lrf_lightning.solver.calibration import calibrate
 from lrf_lightning.solver.evaluation import Batches, LossFunction, evaluate
+from lrf_lightning.solver.model_size import parameter_count
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.workspace import Workspace
 from lrf_lightning.surgery import find_layers, prepare
@@ -57,7 +58,7 @@ def forecast(
     settings = dataclasses.replace(settings, objective="compact", probes=False)
     prepare(model)
     candidates, _ = find_layers(model, **settings.layer_choice)
-    before = sum(parameter.numel() for parameter in model.parameters())
+    before = parameter_count(model)
     if not candidates:
         return Forecast({}, (before, before), 0.0)
     work = Workspace(model, loss, {"calibration": batches}, device, settings, lambda *_: None)

@@ -24,6 +24,7 @@ from lrf_lightning.solver.compensation import fit_layers
 from lrf_lightning.solver.evaluation import Outcome, loss_differences, score_differences
 from lrf_lightning.solver.intervals import paired_change, paired_error
 from lrf_lightning.solver.layer_statistics import LayerStatistics, memory_groups
+from lrf_lightning.solver.model_size import parameter_count
 from lrf_lightning.solver.rank_options import rank_options
 from lrf_lightning.solver.result import FrontierPoint
 from lrf_lightning.solver.settings import default_loss_margin
@@ -294,7 +295,7 @@ class Frontier:
         return FrontierPoint(
             keep=sum(work.cost(layer, ranks.get(name)) for name, layer in layers) / work.dense_cost,
             ranks=dict(ranks),
-            params_model=sum(parameter.numel() for parameter in compressed.parameters()),
+            params_model=parameter_count(compressed),
             params_layers=sum(
                 layer.candidate.low_rank_params(ranks[name]) if name in ranks else layer.candidate.dense_params
                 for name, layer in layers

@@ -11,7 +11,8 @@ from lrf_lightning.solver.conv_rows import ConvRows
 from lrf_lightning.solver.factorization import LARGEST_SIDE
 from lrf_lightning.solver.layer_input import LayerInput
 from lrf_lightning.solver.moments import Moment
-from lrf_lightning.solver.rows import RowReader, row_reader
+from lrf_lightning.solver.row_readers import row_reader
+from lrf_lightning.solver.rows import RowReader
 from lrf_lightning.surgery import Candidate
 
 __all__ = ["LayerStatistics", "TiedUse", "empty_statistics", "memory_groups", "whole_sides"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,8 @@ from lrf_lightning import random_state
 from lrf_lightning.copies.model_copy import copied_model
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.allocation import RanksKey, ranks_key
+from lrf_lightning.solver.result import LayerResult
 from lrf_lightning.surgery import prepare, set_structure
-
-if TYPE_CHECKING:
-    from lrf_lightning.solver.result import LayerResult
 
 __all__ = ["PointModels"]
 

@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lrf_lightning.surgery import Candidate
 
-__all__ = ["EmbeddingRows", "LinearRows", "RowReader", "UnreadableRowsError", "row_reader"]
+__all__ = ["EmbeddingRows", "LinearRows", "RowReader", "UnreadableRowsError"]
 
 
 class UnreadableRowsError(ValueError):
@@ -32,7 +32,7 @@ class UnreadableRowsError(ValueError):
 
 
 class RowReader:
-    """Reads rows of one layer; every kind has its own reader, see :func:`row_reader`."""
+    """Reads rows of one layer; every kind has its own reader, see :mod:`lrf_lightning.solver.row_readers`."""
 
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
@@ -179,17 +179,6 @@ class EmbeddingRows(LinearRows):
         """See :meth:`RowReader.project`; shape (B, R, k)."""
         indices = _by_sample(x[..., None], batch, self.candidate.name)[..., 0].long()
         return F.embedding(indices, right[0].T)
-
-
-def row_reader(candidate: Candidate) -> RowReader:
-    """The reader for a layer's kind."""
-    from lrf_lightning.solver.conv_rows import ConvRows, ConvTransposeRows
-
-    if isinstance(candidate.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return ConvTransposeRows(candidate)
-    if isinstance(candidate.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return ConvRows(candidate)
-    return EmbeddingRows(candidate) if isinstance(candidate.module, nn.Embedding) else LinearRows(candidate)
 
 
 def _by_sample(x: Tensor, batch: int, name: str) -> Tensor:

@@ -14,23 +14,21 @@ from __future__ import annotations
 import math
 import random
 import statistics
-import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrf_lightning.solver.batch_contents import batch_size, to_device
 from lrf_lightning.solver.evaluation import evaluation_mode
-from lrf_lightning.solver.latency import device_name, ratio_at, wait
+from lrf_lightning.solver.latency import device_name, ratio_at
+from lrf_lightning.solver.model_call import ModelCall
+from lrf_lightning.solver.model_size import model_bytes
+from lrf_lightning.solver.peak_memory import peak_memory
 from lrf_lightning.solver.speed_result import Pair, Runtime, SlowerLayer, Speed, Timing
 from lrf_lightning.solver.workspace import Workspace
 from lrf_lightning.surgery import settle
@@ -45,7 +43,6 @@ SHORTEST_SECONDS = 0.002  # calls are repeated until they take as long
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 31
 MOST_LAYERS = 4  # of those that are looked at where the model is not faster
 SLOWER = 1.02  # ratio of times from which a layer is called slower
-WEIGHTS_SHARE = 0.9  # of all weights that the part holds which is called instead of the whole
 
 
 @dataclass(frozen=True)
@@ -96,17 +93,17 @@ def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int], 
     settle(dense)
     models = (dense, compressed)
     with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():
-        calls = [_Call.seen(model, work, batch) for model in models]
+        calls = [ModelCall.seen(model, work, batch) for model in models]
         timings, problems = _timings(work, calls, scope)
         largest = [call.resized(timings[0].batch if timings else call.size) for call in calls]
         flops = _tolerated(problems, "count operations", lambda: _pair(_flops, largest))
-        peak = _tolerated(problems, "measure memory", lambda: _pair(_peak_memory, largest))
+        peak = _tolerated(problems, "measure memory", lambda: _pair(peak_memory, largest))
         slower, timed = ([], 0) if scope.brief else _slower_layers(work, timings, ranks)
     return Speed(
         device=device_name(work.device),
         what=calls[0].what,
         timings=timings,
-        bytes_on_disk=(_size(dense), _size(compressed)),
+        bytes_on_disk=(model_bytes(dense), model_bytes(compressed)),
         flops=None if flops is None else (flops[0] / largest[0].size, flops[1] / largest[1].size),
         peak_memory=None if peak is None else (int(peak[0]), int(peak[1])),
         slower_layers=slower,
@@ -115,98 +112,7 @@ def _measured(work: Workspace, compressed: nn.Module, ranks: Mapping[str, int], 
     )
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of a model that can be repeated with fewer samples.
-
-    Attributes:
-        model: the model.
-        what: ``forward`` or ``step``.
-        function: what is called.
-        arguments: with which positional and keyword arguments.
-        size: samples in them.
-        autocast: dtype of automatic mixed precision, None without.
-        device: of the model.
-    """
-
-    model: nn.Module
-    what: str
-    function: Callable[..., Any]
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    size: int
-    autocast: torch.dtype | None
-    device: torch.device
-
-    @classmethod
-    def seen(cls, model: nn.Module, work: Workspace, batch: Any) -> _Call:
-        """What the user's loss calls, the model or the child that holds nearly all weights; else the loss itself."""
-        batch, kind = to_device(batch, work.device), work.device.type
-        found: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], torch.dtype | None]] = []
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            found.append((module, args, kwargs, mixed))
-
-        handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in _whole_parts(model)]
-        try:
-            work.loss(model, to_device(batch, work.device))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if sum(module is found[0][0] for module, *_ in found) == 1:
-            module, args, kwargs, mixed = found[0]
-            return cls(model, "forward", module, (args, kwargs), batch_size(batch), mixed, work.device)
-        return cls(model, "step", work.loss, ((model, batch), {}), batch_size(batch), None, work.device)
-
-    def resized(self, size: int) -> _Call:
-        """The same call with the first samples only."""
-        if size >= self.size:
-            return self
-
-        def cut(value: Any) -> Any:
-            batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.size
-            return value[:size] if batched else value
-
-        arguments = pytree.tree_map(cut, self.arguments)
-        return _Call(self.model, self.what, self.function, arguments, size, self.autocast, self.device)
-
-    def compiled(self) -> _Call:
-        """The same call through ``torch.compile``."""
-        function: Callable[..., Any] = torch.compile(self.function)
-        return _Call(self.model, self.what, function, self.arguments, self.size, self.autocast, self.device)
-
-    def run(self) -> None:
-        """Call once, without waiting for the device."""
-        args, kwargs = self.arguments
-        if self.what == "step":  # it may change its batch, so every call gets one of its own
-            args = (args[0], to_device(args[1], self.device))
-        self.function(*args, **kwargs)
-
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        """The precision that the call was seen at."""
-        with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            yield
-
-    def seconds(self, repeats: int = 1) -> float:
-        """Seconds of one call, the mean over some repeats."""
-        with self.precision():
-            wait(self.device)
-            started = time.perf_counter()
-            for _ in range(repeats):
-                self.run()
-            wait(self.device)
-            return (time.perf_counter() - started) / repeats
-
-
-def _whole_parts(model: nn.Module) -> list[nn.Module]:
-    """The model, and the children that hold nearly all of its weights."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    children = [m for m in model.children() if sum(p.numel() for p in m.parameters()) >= WEIGHTS_SHARE * total]
-    return [model, *children]
-
-
-def _timings(work: Workspace, calls: list[_Call], scope: Scope) -> tuple[list[Timing], list[str]]:
+def _timings(work: Workspace, calls: list[ModelCall], scope: Scope) -> tuple[list[Timing], list[str]]:
     """For every runtime the largest affordable batch, then a single sample."""
     runtimes: list[Runtime] = (
         ["eager", "compile"] if work.settings.speed == "compile" and not scope.brief else ["eager"]
@@ -222,7 +128,7 @@ def _timings(work: Workspace, calls: list[_Call], scope: Scope) -> tuple[list[Ti
     return timings, problems
 
 
-def _affordable(work: Workspace, calls: list[_Call], share: float) -> int:
+def _affordable(work: Workspace, calls: list[ModelCall], share: float) -> int:
     """The largest number of samples at which a call of the dense model takes no longer than a share of the solve."""
     size, (shortest, longest) = calls[0].size, CALL_SECONDS
     limit = min(max(share * sum(work.seconds.values()), shortest), longest)
@@ -236,7 +142,7 @@ def _affordable(work: Workspace, calls: list[_Call], share: float) -> int:
     return size
 
 
-def _timing(work: Workspace, calls: list[_Call], runtime: Runtime, size: int, scope: Scope) -> Timing:
+def _timing(work: Workspace, calls: list[ModelCall], runtime: Runtime, size: int, scope: Scope) -> Timing:
     pair = [call.resized(size) for call in calls]
     if runtime == "compile":
         pair = [call.compiled() for call in pair]
@@ -288,12 +194,12 @@ def _tolerated(problems: list[str], what: str, action: Callable[[], Any]) -> Any
         return None
 
 
-def _pair(function: Callable[[_Call], float], calls: list[_Call]) -> Pair:
+def _pair(function: Callable[[ModelCall], float], calls: list[ModelCall]) -> Pair:
     dense, compressed = (function(call) for call in calls)
     return dense, compressed
 
 
-def _flops(call: _Call) -> float:
+def _flops(call: ModelCall) -> float:
     with _unfused_attention(), FlopCounterMode(display=False) as counter, call.precision():
         call.run()
     return float(counter.get_total_flops())
@@ -308,59 +214,6 @@ def _unfused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _peak_memory(call: _Call) -> float:
-    """Bytes of the model and of what is alive at once besides it during a call."""
-    if call.device.type == "cuda":
-        torch.cuda.synchronize(call.device)
-        before = torch.cuda.memory_allocated(call.device)
-        torch.cuda.reset_peak_memory_stats(call.device)
-        call.seconds()
-        peak: int = torch.cuda.max_memory_allocated(call.device)
-        return float(_size(call.model) + peak - before)
-    with _LiveTensors() as live, call.precision():
-        call.run()
-    return float(_size(call.model) + live.peak)
-
-
-class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that operations make, as long as they live; :attr:`peak` is the most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak = 0, 0
-        self._seen: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note what it made."""
-        result = func(*args, **(kwargs or {}))
-        given = {id(value.untyped_storage()) for value in pytree.tree_leaves((args, kwargs)) if _has_storage(value)}
-        for value in pytree.tree_leaves(result):
-            if not _has_storage(value):
-                continue
-            storage = value.untyped_storage()
-            if id(storage) in given or id(storage) in self._seen:
-                continue  # a view, or changed in place
-            self._seen[id(storage)] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, id(storage))
-        return result
-
-    def _freed(self, storage: int) -> None:
-        self.now -= self._seen.pop(storage)
-
-
-def _has_storage(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
-
-
-def _size(model: nn.Module) -> int:
-    """Bytes of the weights and buffers in a file; what several modules share counts once."""
-    values = (value for value in model.state_dict().values() if isinstance(value, Tensor))
-    tensors = {value.data_ptr() or id(value): value for value in values}
-    return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
 def _slower_layers(work: Workspace, timings: list[Timing], ranks: Mapping[str, int]) -> tuple[list[SlowerLayer], int]:

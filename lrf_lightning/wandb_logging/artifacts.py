@@ -24,7 +24,7 @@ from lrf_lightning.best_checkpoint import best_checkpoint_path
 from lrf_lightning.best_effort import best_effort
 from lrf_lightning.reports.summary import HOLDS, PREFIX
 from lrf_lightning.reports.verdict import verdict_sentence
-from lrf_lightning.solver.result import Solution
+from lrf_lightning.solver.solution import Solution
 
 __all__ = ["aliases", "dense_checkpoint", "log_artifacts", "settings_text", "texts"]
 

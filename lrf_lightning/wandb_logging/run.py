@@ -59,7 +59,7 @@ from lrf_lightning.reports.tables import (
 from lrf_lightning.wandb_logging.artifacts import log_artifacts, settings_text, texts
 
 if TYPE_CHECKING:
-    from lrf_lightning.solver.result import Solution
+    from lrf_lightning.solver.solution import Solution
 
 __all__ = ["Media", "log_to_wandb"]
 

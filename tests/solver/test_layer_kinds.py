@@ -16,7 +16,7 @@ from lrf_lightning.solver import layer_statistics
 from lrf_lightning.solver.curves import component_derivatives
 from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.layer_statistics import LayerStatistics
-from lrf_lightning.solver.rows import row_reader
+from lrf_lightning.solver.row_readers import row_reader
 from lrf_lightning.solver.statistics import RowSampler, collect_statistics
 from lrf_lightning.surgery import find_layers, set_structure
 

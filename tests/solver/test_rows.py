@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from lrf_lightning.solver.rows import UnreadableRowsError, row_reader
+from lrf_lightning.solver.row_readers import row_reader
+from lrf_lightning.solver.rows import UnreadableRowsError
 from lrf_lightning.surgery import Candidate, low_rank_type
 
 

@@ -11,6 +11,8 @@ from torch import nn
 from lrf_lightning import compress
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver import speed
+from lrf_lightning.solver.model_call import ModelCall
+from lrf_lightning.solver.model_size import model_bytes
 from lrf_lightning.solver.speed import median_interval
 
 
@@ -35,7 +37,7 @@ def slow_down(monkeypatch, factor):
         call.run()
         return (factor if low_rank else 1.0) * 1e-4 * call.size * slowness[next(rounds) // 2]
 
-    monkeypatch.setattr(speed._Call, "seconds", seconds)
+    monkeypatch.setattr(ModelCall, "seconds", seconds)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 15, 31])
@@ -101,7 +103,7 @@ def test_operations_of_a_dense_encoder_are_counted():
 def test_shared_weights_count_once():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight = model[0].weight
-    assert speed._size(model) == 4 * (16 * 16 + 2 * 16)
+    assert model_bytes(model) == 4 * (16 * 16 + 2 * 16)
 
 
 class Wrapped(nn.Module):
