@@ -26,7 +26,8 @@ from lrf_lightning.solver.batch_contents import to_device
 from lrf_lightning.solver.devices import solver_device
 from lrf_lightning.solver.evaluation import evaluation_mode
 from lrf_lightning.solver.settings import Settings
-from lrf_lightning.steps.step_loss import Score, StepLoss, can_be_run
+from lrf_lightning.steps.loss_source import can_be_run
+from lrf_lightning.steps.step_loss import Score, StepLoss
 from lrf_lightning.surgery import find_layers
 
 __all__ = [

@@ -1,17 +1,8 @@
 """The loss of a LightningModule, taken from its own steps.
 
 The solver needs ``loss(model, batch)``. :class:`StepLoss` calls the module's ``validation_step``, which has no
-augmentation, or its ``training_step`` if the former gives no loss that gradients flow through. It is decided once, on
-the first batch, from the first of these that yields a loss; processes that solve together take what the first of them
-finds:
-
-1. the value under ``"loss"`` of a mapping that ``validation_step`` returns;
-2. the one value that ``validation_step`` logs under a name such as ``val/loss``, since what else it returns may be a
-   score;
-3. what ``validation_step`` returns: a scalar tensor, or the first tensor of a tuple;
-4. the one value that ``validation_step`` logs under another name with "loss" in it;
-5. the result of the one loss function of ``torch.nn.functional`` that ``validation_step`` calls;
-6. what ``training_step`` returns, unless the module optimises manually.
+augmentation, or its ``training_step``, and takes the loss from where :mod:`lrf_lightning.steps.loss_source` finds it on
+the first batch; processes that solve together take what the first of them finds.
 
 Where the loss is the mean of one watched loss function, or a weighted sum of several (see
 :mod:`lrf_lightning.steps.loss_explanation`), the loss is given per sample, with the accuracy as score where one of them
@@ -27,20 +18,17 @@ moves batches or sets the training mode: the solver and :mod:`lrf_lightning.data
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
@@ -48,31 +36,15 @@ from lrf_lightning.random_state import preserved
 from lrf_lightning.solver.batch_contents import batch_size, own_copy, tensors
 from lrf_lightning.solver.evaluation import StepOutput, evaluation_mode
 from lrf_lightning.steps.loss_calls import LossCall
-from lrf_lightning.steps.loss_explanation import Combination, combination, explanation, was_compiling
+from lrf_lightning.steps.loss_explanation import explanation
+from lrf_lightning.steps.loss_source import LossSource, can_be_run, combination_in, find_source, required_loss
 from lrf_lightning.steps.step_record import StepRecord, run_step
 
-__all__ = ["Score", "StepLoss", "can_be_run"]
+__all__ = ["Score", "StepLoss"]
 
 logger = logging.getLogger(__name__)
 
 Score = Callable[[nn.Module, Any], Tensor]
-
-LOSS_NAME = re.compile(r"((val|valid|validation|dev|eval)[/_.-])?loss", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the loss is found.
-
-    Attributes:
-        step: name of the method.
-        place: ``returned``, ``call`` or the name of a logged value.
-        combined: whether it is a sum of watched calls, so that they have to be traced.
-    """
-
-    step: str
-    place: str
-    combined: bool = False
 
 
 class StepLoss:
@@ -93,7 +65,7 @@ class StepLoss:
         loss: Callable[[nn.Module, Any], Tensor | StepOutput] | None = None,
     ) -> None:
         self.trainer, self.score, self.loss = trainer, score, loss
-        self._source: _Source | None = None
+        self._source: LossSource | None = None
         self._told = False
 
     @property
@@ -141,7 +113,7 @@ class StepLoss:
             kept = batch if self.score is None else own_copy(batch)  # a step may change its batch
             if self._source is None:
                 with preserved():  # the first model shall not see other noise than those that come later
-                    self._source = _decide(module, batch)
+                    self._source = find_source(module, batch)
                 logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
             size, given = batch_size(batch), list(tensors(batch))  # first, since a step may take its batch to pieces
             record = self._record(module, self._source.step, batch, traced=self._source.combined)
@@ -203,124 +175,9 @@ class StepLoss:
             module.trainer = before
 
 
-def _decide(module: LightningModule, batch: Any) -> _Source:
-    """Find the first source of a loss; see the module's docstring for their order."""
-    problems: list[str] = []
-    cause: Exception | None = None
-    for step in ("validation_step", "training_step"):
-        if not can_be_run(module, step):
-            problems.append(f"{step} is not defined" if not is_overridden(step, module) else f"{step} cannot be used")
-            continue
-        try:
-            size, given = batch_size(batch), list(tensors(batch))
-            record = _first_record(module, step, batch)
-        except Exception as error:  # a step may depend on state that only training has: the other one is tried
-            logger.debug("%s failed outside of a fit", step, exc_info=True)
-            problems.append(f"{step} raised {type(error).__name__}: {error}")
-            cause = error
-            continue
-        for place in _places(step, record):
-            loss = _loss(record, _Source(step, place), step == "training_step")
-            if loss is not None and loss.requires_grad:
-                if problems and is_overridden("validation_step", module):
-                    rank_zero_warn(f"The loss is taken from {step} ({place}), since {'; '.join(problems)}")
-                calls = [call.arranged(size, given) for call in record.calls]
-                with torch.enable_grad():
-                    found = _combination(record, calls, loss, size, check=True)
-                return _Source(step, place, combined=found is not None and not found.is_mean)
-        problems.append(f"{step} returned {_described(record.returned)}{_ambiguous(step, record)}")
-    raise ValueError(
-        f"no step of {type(module).__name__} gives a floating-point scalar loss that gradients flow through "
-        f"({'; '.join(problems)}). Return the loss from validation_step, or pass loss=a callable (module, batch)"
-    ) from cause
-
-
-def _first_record(module: LightningModule, step: str, batch: Any) -> StepRecord:
-    """A step with gradients everywhere, traced unless code that is compiled does not bear that."""
-    with _grad_everywhere(module), warnings.catch_warnings():
-        # torch says it once, of float(loss) for instance, which is harmless in a validation_step: it has no gradients
-        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
-        try:
-            return run_step(module, step, own_copy(batch), traced=True)
-        except Exception as error:
-            if not was_compiling(error):
-                raise
-            return run_step(module, step, own_copy(batch))
-
-
-def _places(step: str, record: StepRecord) -> Iterator[str]:
-    if step != "validation_step":
-        yield "returned"
-        return
-    names = _logged_losses(record)
-    exact = [name for name in names if LOSS_NAME.fullmatch(name)]
-    named = isinstance(record.returned, Mapping)
-    if named:
-        yield "returned"
-    if len(exact) == 1:
-        yield f"logged {exact[0]}"
-    if not named:
-        yield "returned"
-    if len(names) == 1 and not exact:
-        yield f"logged {names[0]}"
-    elif not names and len(record.calls) == 1:
-        yield "call"
-
-
-def _logged_losses(record: StepRecord) -> list[str]:
-    return [name for name, value in record.logged.items() if "loss" in name.lower() and isinstance(value, Tensor)]
-
-
-def _ambiguous(step: str, record: StepRecord) -> str:
-    """What to add to a message where a step logs several losses."""
-    names = _logged_losses(record) if step == "validation_step" else []
-    return f" and logged {', '.join(names)}, of which none is the loss as a whole" if len(names) > 1 else ""
-
-
-def _loss(record: StepRecord, source: _Source, vector: bool) -> Tensor | None:
-    """The loss at a source, None if what is there is no loss; a vector counts only where it cannot be a prediction.
-
-    One number may have the shape (1,); the tensor is returned as it is, so that it can be found among the traced ones.
-    """
-    value: Any
-    if source.place == "call":
-        value = record.calls[0].result if len(record.calls) == 1 else None
-    elif source.place.startswith("logged "):
-        value = record.logged.get(source.place.removeprefix("logged "))
-    else:
-        value = record.returned
-        if isinstance(value, Mapping):
-            value, vector = value.get("loss"), True
-        elif isinstance(value, (tuple, list)):
-            value = next((item for item in value if isinstance(item, Tensor)), None)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return None
-    is_number = value.numel() == 1 and value.dim() <= 1
-    return value if is_number or (vector and value.dim() == 1) else None
-
-
-def _required_loss(record: StepRecord, source: _Source) -> Tensor:
-    # layers that are observed may lie outside of the graph of a frozen model, so a gradient is not asked for again
-    loss = _loss(record, source, True)
-    if loss is None:
-        raise ValueError(
-            f"{source.step} gave a loss ({source.place}) for the first batch, but for this one it returned "
-            f"{_described(record.returned)}; it must give a loss for every batch, or pass loss="
-        )
-    return loss
-
-
-def _combination(
-    record: StepRecord, calls: list[LossCall], loss: Tensor, size: int, *, check: bool = False
-) -> Combination | None:
-    if record.trace is None or loss.numel() != 1:
-        return None
-    return combination(calls, loss.reshape(()), record.trace.shadow_of(loss), size, check=check)
-
-
-def _output(record: StepRecord, source: _Source, size: int, given: list[Tensor]) -> StepOutput:
+def _output(record: StepRecord, source: LossSource, size: int, given: list[Tensor]) -> StepOutput:
     """The loss per sample where watched calls explain it, else as it is; accuracy and logits where they are known."""
-    found_loss = _required_loss(record, source)
+    found_loss = required_loss(record, source)
     loss = found_loss.reshape(()) if found_loss.numel() == 1 else found_loss
     finite = bool(torch.isfinite(loss).all())
     calls = [call.arranged(size, given) for call in record.calls]
@@ -330,7 +187,7 @@ def _output(record: StepRecord, source: _Source, size: int, given: list[Tensor])
         target = None if logits is None else found.call.target
         terms = found.terms(size) if finite else None
         return StepOutput(found.losses, found.call.correct(size), logits, target, terms)
-    summed = _combination(record, calls, found_loss, size) if source.combined else None
+    summed = combination_in(record, calls, found_loss, size) if source.combined else None
     if summed is None:
         return StepOutput(loss, _only_accuracy(calls, size))
     score = _only_accuracy(summed.calls, size)
@@ -367,35 +224,3 @@ def _scalar(name: str, value: Any) -> Tensor:
     if tensor.numel() != 1:
         raise ValueError(f"score={name!r} is logged with shape {tuple(tensor.shape)}; it must be a single number")
     return tensor.reshape(()).to(torch.float64)
-
-
-@contextmanager
-def _grad_everywhere(module: nn.Module) -> Iterator[None]:
-    """Let all floating-point parameters ask for gradients, so that a loss can show that it depends on them."""
-    flags = {p: p.requires_grad for p in module.parameters() if p.is_floating_point()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-
-
-def can_be_run(module: LightningModule, step: str) -> bool:
-    """Whether a module has a step that can be called with a batch and does not train."""
-    if not is_overridden(step, module):
-        return False
-    # a manual training_step would step the optimizers, which hold the trained weights
-    manual = step == "training_step" and not module.automatic_optimization
-    return not manual and "dataloader_iter" not in inspect.signature(getattr(module, step)).parameters
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        grad = "" if value.requires_grad else " without gradient"
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}{grad}"
-    if isinstance(value, Mapping):
-        return f"a mapping with the keys {sorted(map(str, value))}"
-    return "nothing" if value is None else f"a {type(value).__name__}"

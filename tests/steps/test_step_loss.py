@@ -9,7 +9,8 @@ from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 
 from lrf_lightning import StepOutput
-from lrf_lightning.steps.step_loss import StepLoss, _first_record
+from lrf_lightning.steps.loss_source import _first_record
+from lrf_lightning.steps.step_loss import StepLoss
 
 
 @pytest.fixture
