@@ -137,7 +137,7 @@ class LowRankCompression(Callback):
         range_factor: largest ratio of measured to predicted change inside the perturbation range.
         rows_per_feature: sampled input rows per input dimension of a layer.
         rank_multiple: ranks are rounded to a multiple of this; None is 8 on CUDA and 1 elsewhere.
-        memory_gib: GiB that statistics and half-finished passes may take.
+        memory_gib: GiB that statistics may take on every process, half-finished passes again, and copies again.
         include: shell patterns on module names; empty means all.
         exclude: shell patterns on module names that are left alone.
         types: shell patterns on class names of layers; empty means all that are supported.

@@ -88,8 +88,9 @@ class Settings:
         rows_per_feature: sampled input rows per input dimension of a layer that the second moments are taken over.
         rank_multiple: ranks are rounded to a multiple of this where the layer is large enough; None is 8 on CUDA and
             with ``cost="latency"``, and 1 elsewhere.
-        memory_gib: GiB that the statistics of layers, and the half-finished passes of the compensation, may take on
-            every process; layers are processed in groups that fit, and a single layer may exceed it.
+        memory_gib: GiB that the statistics of layers may take on every process, the half-finished passes of the
+            compensation again, and the copies that it fits together again: in all some three times as much, and a few
+            copies of the model. Layers are processed in groups that fit, and a single layer may exceed it.
         include: shell patterns on module names; empty means all.
         exclude: shell patterns on module names that are left alone.
         types: shell patterns on class names of layers (``"Conv2d"``); empty means all that are supported. The
