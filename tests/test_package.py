@@ -1,5 +1,8 @@
+import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +40,18 @@ def test_every_name_can_be_had():
         assert name in dir(lrf_lightning)
     with pytest.raises(AttributeError, match="no attribute 'missing'"):
         _ = lrf_lightning.missing
+
+
+def test_no_folder_imports_one_that_imports_it():
+    root = Path(lrf_lightning.__file__).parent
+    graph = {}
+    for path in root.rglob("*.py"):
+        part = path.relative_to(root).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lrf_lightning."):
+                graph.setdefault(part, set()).add(node.module.split(".")[1])
+    for part, others in graph.items():
+        others.discard(part)
+    del graph["__init__"]  # it hands names on
+    order = list(TopologicalSorter(graph).static_order())
+    assert order.index("modules") < order.index("surgery") < order.index("solver") < order.index("callbacks")
