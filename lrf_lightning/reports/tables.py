@@ -80,7 +80,7 @@ def frontier_rows(result: Solution) -> list[Row]:
         score_change=None if result.dense.score is None else 0.0,
         score_change_error=None if result.dense.score is None else 0.0,
         chosen=not result.ranks,
-        pareto=original_on_front(result.frontier, result.dense),
+        pareto=original_on_front(result.frontier, result.dense, result.params_model[0]),
     )
     return [_frontier_row(result, point) for point in (original, *result.frontier)]
 

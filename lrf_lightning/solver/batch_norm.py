@@ -19,6 +19,7 @@ from lrf_lightning.copies.model_copy import copied_model
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.batch_contents import batch_size, to_device
 from lrf_lightning.solver.evaluation import Batches, LossFunction, evaluation_mode
+from lrf_lightning.solver.hooks import first_tensor
 
 __all__ = ["renormalized"]
 
@@ -103,13 +104,13 @@ class _Sums:
 
 @contextmanager
 def _observed(norms: dict[str, Any], sums: dict[str, _Sums]) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
-            sums[name].add(args[0])
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sums[name].add(first_tensor(name, args, kwargs))
 
         return observe
 
-    handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in norms.items()]
+    handles = [norm.register_forward_pre_hook(hook(name), with_kwargs=True) for name, norm in norms.items()]
     try:
         yield
     finally:

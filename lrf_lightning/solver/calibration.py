@@ -37,6 +37,7 @@ from lrf_lightning.surgery import Candidate, Skipped
 __all__ = ["calibrate"]
 
 PROBE_SAMPLES = 256
+PROBE_PAIRS = 4  # losses whose spread is known are worth a few batches more
 PROBE_GROUPS = 8
 
 
@@ -118,9 +119,16 @@ class _Probing:
 
     @classmethod
     def of(cls, work: Workspace, size: int) -> _Probing:
-        count = work.processes.share(max(1, round(PROBE_SAMPLES / max(size, 1))))
+        """As many batches as have enough samples, or enough losses where a batch has only one."""
+        count = max(1, round(PROBE_SAMPLES / max(size, 1)))
+        found = cls._with(work, count)
+        few = len(found.dense.losses) < PROBE_PAIRS and count < PROBE_PAIRS
+        return cls._with(work, PROBE_PAIRS) if few else found
+
+    @classmethod
+    def _with(cls, work: Workspace, count: int) -> _Probing:
         with work.processes.together("reading the calibration data"):
-            read = list(itertools.islice(work.calibration, count))
+            read = list(itertools.islice(work.calibration, work.processes.share(count)))
         batches = SeededBatches(read, split_seed(work.settings.seed, "calibration"), work.processes)
         return cls(batches, evaluate(work.model, work.loss, batches, work.device, processes=work.processes))
 

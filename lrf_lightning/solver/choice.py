@@ -75,6 +75,6 @@ def _qualifies(frontier: Frontier, point: FrontierPoint, dense_params: int, refe
 
 def _room(settings: Settings, error: float, margin: float, *, inside_margin: bool) -> float:
     """How far a figure may be off on the wrong side, given its standard error and the margin of the verdict."""
-    noise = min(settings.ties * error, margin / 2)
+    noise = min(settings.ties * error, margin / 2) if settings.ties else 0.0  # one pair has an infinite error
     certain = margin / 2 - NormalDist().inv_cdf(settings.confidence) * error if inside_margin and settings.ties else 0.0
     return max(noise, certain)

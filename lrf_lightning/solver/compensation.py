@@ -18,7 +18,7 @@ are known; it gets the factors of its dense inputs. Several compressed models sh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ from lrf_lightning.solver.layer_statistics import LayerStatistics
 from lrf_lightning.solver.lockstep import Run, pause, runs, unlocked
 from lrf_lightning.solver.moments import Moment
 from lrf_lightning.solver.own_attributes import Attributes, OwnAttributes
+from lrf_lightning.solver.rows import UnreadableRowsError
 from lrf_lightning.solver.statistics import RowSampler
 from lrf_lightning.surgery import replace_module
 
@@ -82,8 +83,7 @@ def fit_layers(
         layer = layers[name]
         target, inputs = layer.candidate.matrices().double(), layer.inputs.known_mean
         if evidence is not None and evidence.inputs.rows > 0:
-            inputs = evidence.inputs.mean
-            target = compensated_target(target, evidence.cross.mean, inputs, damping)
+            inputs, target = evidence.inputs.mean, evidence.target(target, damping)
         inputs = None if metric == "euclidean" else inputs
         outputs = layer.gradients.mean if metric == "fisher" else None
         factors = layer_factors(layer.candidate, target, inputs, outputs, damping=damping, max_rank=rank)
@@ -138,12 +138,11 @@ def compensated_target(
     size = input_moment.shape[-1]
     mean = input_moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(size, dtype=torch.float64, device=weight.device)
-    if damping == 0 or not bool((mean > 0).all()):
-        # without damping null directions need a pseudo-inverse; a zero moment carries no evidence at all
+    if damping == 0:  # null directions need a pseudo-inverse
         inverse = torch.linalg.pinv(input_moment, hermitian=True)
         correction: Tensor = cross_moment @ inverse + eye - input_moment @ inverse
         return weight.double() @ correction
-    ridge = damping * mean * eye
+    ridge = damping * torch.where(mean > 0, mean, 1.0) * eye  # a zero moment carries no evidence: the weight stays
     # the weight comes first, since it has far fewer rows than the moments
     weighted = weight.double() @ (cross_moment + ridge)
     return divided(weighted, input_moment + ridge)
@@ -151,11 +150,17 @@ def compensated_target(
 
 @dataclass
 class _Evidence:
-    """Moments E[x y'] and E[y y'] of one layer, and whether the rows of both models match."""
+    """Moments E[x y'] and E[y y'] of one layer, and whether the rows of both models match; else only y counts."""
 
     cross: Moment = field(default_factory=Moment)
     inputs: Moment = field(default_factory=Moment)
     matches: bool = True
+
+    def target(self, weight: Tensor, damping: float) -> Tensor:
+        """What is approximated for the inputs y."""
+        if not self.matches:
+            return weight
+        return compensated_target(weight, self.cross.mean, self.inputs.mean, damping)
 
 
 @dataclass
@@ -242,8 +247,8 @@ class _Fitting:
                 if self.processes.size > 1:
                     found.cross.merge(self.processes, device)
                     found.inputs.merge(self.processes, device)
-                matches = all(self.processes.gather(found.matches))
-                targets[index].replacements[name] = self.solved(name, rank, found if matches else None)
+                found.matches = all(self.processes.gather(found.matches))
+                targets[index].replacements[name] = self.solved(name, rank, found)
             self.done.add(name)
 
     def _observe(self, layer: LayerStatistics, batch: _Passes, evidence: Mapping[int, _Evidence]) -> None:
@@ -262,6 +267,9 @@ class _Fitting:
             if after.shape != before.shape:
                 # other tokens are sent to this expert than before; where as many are, it may be by chance
                 moments.matches = False
+                with suppress(UnreadableRowsError):
+                    y = self._rows(layer, after, batch.size, number)
+                    moments.inputs.add(y, y)
                 continue
             y = self._rows(layer, after, batch.size, number)
             moments.cross.add(x, y)

@@ -169,7 +169,8 @@ def component_derivatives(
         if use.transposed:
             left, right = right.transpose(1, 2), left.transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
-            projected = reader.project(x.to(right.dtype), right, size)
+            # float32 cannot count beyond 2^24, as the indices of an embedding may
+            projected = reader.project(x.to(right.dtype) if x.is_floating_point() else x, right, size)
         bias = use.modules[0]._parameters.get("bias")
 
         def on_gradient(grad: Tensor) -> None:

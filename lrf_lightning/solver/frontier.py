@@ -96,7 +96,7 @@ class Frontier:
         Raises:
             ValueError: if even the cheapest ranks cost more.
         """
-        budget = keep * self.work.dense_cost
+        budget = keep * self.work.dense_cost * (1 + 1e-12)  # one that ranks meet exactly must not fall to rounding
         if cheapest(self._options) > budget:
             raise ValueError(
                 f"keep={keep:g} cannot be reached: the cheapest ranks of all layers keep {self.lowest:.4f} of the "
@@ -166,7 +166,9 @@ class Frontier:
         if scores is None:
             return True
         change, error = paired_change(*scores)
-        return change >= -self.work.settings.ties * error - 1e-12
+        settings = self.work.settings
+        room = settings.ties * error if math.isfinite(error) else settings.score_margin / 2 * (settings.ties > 0)
+        return change >= -room - 1e-12
 
     def build(self, ranks: Mapping[str, int]) -> nn.Module:
         """A compensated copy of the dense model with the given ranks; the latest one is not made anew."""

@@ -8,8 +8,8 @@ r"""One-sided confidence bounds for paired differences.
 ``tango_interval``
     Score interval for a difference of paired proportions (Tango 1998, Equivalence test and confidence interval for the
     difference in proportions for the paired-sample design). Differences are -1, 0 or 1, as for the accuracy of two
-    classifiers. Unlike the others it keeps a width when no sample changed at all: with n samples and no change the
-    bound is about z^2 / (n + z^2).
+    classifiers. Unlike the others it keeps a width when no sample changed at all: with n samples and no change it is
+    about 3 / n at a confidence of 0.95.
 
 No bound without assumptions can see harm that is confined to samples of which the split holds hardly any: with five
 expected ones among the pairs the error rate is about 10 % instead of 5 %, with two of them 24 %. The score's interval
@@ -30,6 +30,7 @@ from lrf_lightning.solver.result import Interval
 
 __all__ = [
     "bootstrap_bound",
+    "largest_share",
     "mean_interval",
     "paired_change",
     "paired_error",
@@ -55,13 +56,24 @@ def paired_error(
     differences: Tensor,  # (pairs,)
     weights: Tensor,  # (pairs,)
 ) -> float:
-    """Standard error of the weighted mean of paired differences, infinite for a single pair."""
+    """Standard error of the weighted mean of paired differences, infinite for a single pair.
+
+    The larger of two: the ratio estimator's linearisation, which asks nothing of the pairs but falls short where one of
+    few has most of the weight and so draws the mean to itself, and the one for means of as many samples as the weights
+    say, whose variances are as their reciprocals. Both are the usual one where all weights are equal.
+    """
     pairs = len(differences)
     if pairs < 2:
         return math.inf
-    share = weights / weights.sum()
-    mean = (share * differences).sum()
-    return math.sqrt(float((share.square() * (differences - mean).square()).sum()) * pairs / (pairs - 1))
+    return _weighted_error(differences, weights)
+
+
+def _weighted_error(differences: Tensor, weights: Tensor) -> float:
+    pairs, share = len(differences), weights / weights.sum()
+    squares = (differences - (share * differences).sum()).square()
+    linear = float((share.square() * squares).sum()) * pairs / (pairs - 1)
+    precise = float((share * squares).sum()) / (pairs - 1)
+    return math.sqrt(max(linear, precise))
 
 
 def paired_interval(
@@ -69,7 +81,12 @@ def paired_interval(
     weights: Tensor,  # (pairs,)
     confidence: float,
 ) -> Interval:
-    """The interval that fits the scores of two models: Tango's for -1, 0 and 1 with equal weights, else the mean's."""
+    """The interval that fits the scores of two models: Tango's for -1, 0 and 1 with equal weights, else the mean's.
+
+    Where nothing changed at all it is Tango's for all samples behind the pairs.
+    """
+    if not bool(differences.any()):  # by batch too: a width of 0 would claim that no sample can ever change
+        return tango_interval(0, 0, int(weights.sum()), confidence)
     ternary = bool(((differences == 0) | (differences.abs() == 1)).all()) and bool((weights == 1).all())
     if ternary:
         return tango_interval(int((differences > 0).sum()), int((differences < 0).sum()), len(differences), confidence)
@@ -96,7 +113,10 @@ def mean_interval(
         return Interval(mean, math.inf, -math.inf, math.inf, pairs, "mean")
     # what each pair adds to the mean, times their number: the ratio estimator's linearisation
     influence = pairs * share * (differences - mean)
-    error = math.sqrt(float(influence.square().sum()) / (pairs - 1) / pairs)
+    error = _weighted_error(differences, weights)
+    linear = math.sqrt(float(influence.square().sum()) / (pairs - 1) / pairs)
+    if linear > 0:
+        influence *= error / linear
     if not (math.isfinite(error) and math.isfinite(mean)):
         return Interval(mean, math.inf, -math.inf, math.inf, pairs, "mean")
     width = student_quantile(confidence, pairs - 1) * error
@@ -158,6 +178,9 @@ def bootstrap_bound(
 def tango_interval(gained: float, lost: float, pairs: float, confidence: float) -> Interval:
     """Tango's score interval for (gained - lost) / pairs.
 
+    Where nothing was gained the lower bound is no higher than the exact one of a share of lost pairs, and likewise the
+    upper one: with few or no changes Tango's falls short (with none by 10 % at a confidence of 0.95, by half at 0.8).
+
     Args:
         gained: number of pairs with difference 1; like the others it may be a fraction, for expected counts.
         lost: number of pairs with difference -1.
@@ -179,7 +202,40 @@ def tango_interval(gained: float, lost: float, pairs: float, confidence: float) 
             return 0.0 if distance == 0 else math.copysign(math.inf, distance)
         return distance / math.sqrt(variance)
 
-    return Interval(mean, error, _root(score, mean, quantile, -1), _root(score, mean, quantile, 1), int(pairs), "tango")
+    lower, upper = (_root(score, mean, quantile, side) for side in (-1, 1))
+    if gained < 1e-9:  # expected counts are rounded
+        lower = min(lower, -largest_share(lost, pairs, confidence))
+    if lost < 1e-9:
+        upper = max(upper, largest_share(gained, pairs, confidence))
+    return Interval(mean, error, lower, upper, int(pairs), "tango")
+
+
+def largest_share(count: float, pairs: float, confidence: float) -> float:
+    """The exact one-sided upper bound of a proportion (Clopper and Pearson 1934).
+
+    Args:
+        count: pairs that have the property; a fraction is rounded up.
+        pairs: number of all pairs; a fraction is rounded down.
+        confidence: of the bound.
+    """
+    found, number = math.ceil(count - 1e-9), max(math.floor(pairs + 1e-9), 1)
+    if found >= number:
+        return 1.0
+    combinations = [
+        math.lgamma(number + 1) - math.lgamma(i + 1) - math.lgamma(number - i + 1) for i in range(found + 1)
+    ]
+
+    def at_most_found(share: float) -> float:
+        log_share, log_rest = math.log(share), math.log1p(-share)
+        return math.fsum(
+            math.exp(ways + i * log_share + (number - i) * log_rest) for i, ways in enumerate(combinations)
+        )
+
+    low, high = found / number, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at_most_found(middle) > 1 - confidence else (low, middle)
+    return high
 
 
 @lru_cache

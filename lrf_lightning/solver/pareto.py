@@ -43,15 +43,15 @@ def pareto_front(points: Sequence[FrontierPoint], dense: Measurement, dense_para
     The cost is the one that the budgets are counted in; a model with more parameters than the original is never on
     the front.
     """
-    finite = [point for point in points if math.isfinite(point.loss) and point.params_model <= dense_params]
+    finite = _eligible(points, dense_params)
     models = [(1.0, dense.loss, dense.score), *map(_figures, finite)]
     return [point for point in finite if not any(_beats(other, _figures(point)) for other in models)]
 
 
-def original_on_front(points: Sequence[FrontierPoint], dense: Measurement) -> bool:
-    """Whether no point beats the original, so that it is the large end of the front."""
+def original_on_front(points: Sequence[FrontierPoint], dense: Measurement, dense_params: int) -> bool:
+    """Whether no point that could be on the front beats the original, so that it is the large end of the front."""
     original = (1.0, dense.loss, dense.score)
-    return not any(_beats(_figures(point), original) for point in points if math.isfinite(point.loss))
+    return not any(_beats(_figures(point), original) for point in _eligible(points, dense_params))
 
 
 def knee(front: Sequence[FrontierPoint]) -> FrontierPoint | None:
@@ -84,6 +84,10 @@ def holding(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
             break
         found.append(point)
     return found
+
+
+def _eligible(points: Sequence[FrontierPoint], dense_params: int) -> list[FrontierPoint]:
+    return [point for point in points if math.isfinite(point.loss) and point.params_model <= dense_params]
 
 
 def _figures(point: FrontierPoint) -> tuple[float, float, float | None]:

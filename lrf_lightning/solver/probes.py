@@ -21,6 +21,7 @@ from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.curves import Prediction, Tails, shrink, tail_moments
 from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome, evaluate, loss_differences
+from lrf_lightning.solver.intervals import paired_change
 from lrf_lightning.surgery import replace_module
 
 __all__ = ["Probe", "corrected_curve", "measure_probe", "predicted_probe", "probe_groups", "probe_ranks"]
@@ -124,11 +125,7 @@ def measure_probe(
     finally:
         for name, layer in dense_layers.items():
             replace_module(model, name, layer)
-    differences, weights = loss_differences(outcome, dense)
-    share = weights / weights.sum()
-    mean = float((share * differences).sum())
-    error = float((share.square() * (differences - mean).square()).sum().sqrt())
-    return Probe(dict(ranks), *prediction, mean, error)
+    return Probe(dict(ranks), *prediction, *paired_change(*loss_differences(outcome, dense)))
 
 
 def corrected_curve(

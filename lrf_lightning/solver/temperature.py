@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lrf_lightning.solver.evaluation import Outcome
@@ -31,9 +32,12 @@ def fit_temperature(outcome: Outcome) -> float | None:
         return None
     logits, target = answers
     wanted = logits.gather(1, target[:, None]).mean()
+    if not bool(torch.isfinite(wanted)):  # a right answer that is ruled out, or NaN
+        return None
 
     def is_too_sharp(log_temperature: float) -> bool:
-        expected = ((logits * math.exp(-log_temperature)).softmax(1) * logits).sum(1).mean()
+        shares = (logits * math.exp(-log_temperature)).softmax(1)
+        expected = (shares * logits.masked_fill(shares == 0, 0.0)).sum(1).mean()  # logits of masked classes are -inf
         return bool(expected > wanted)
 
     low, high = math.log(1 / 20), math.log(20)

@@ -74,6 +74,20 @@ def test_without_a_batch_of_two_everything_stays(sizes):
     assert_close(dict(new.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
+def test_inputs_given_by_keyword():
+    class ByKeyword(nn.Sequential):
+        def forward(self, x):
+            for layer in self:
+                x = layer(input=x)
+            return x
+
+    plain = network()
+    expected, found = (
+        renormalized(model, loss, data(20, 12), CPU) for model in (plain, ByKeyword(*plain.children()).eval())
+    )
+    assert_close(found.state_dict(), expected.state_dict())
+
+
 def test_large_means_do_not_cancel():
     model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 2)).eval()
     model[0].running_mean.fill_(1e4)

@@ -48,6 +48,25 @@ def test_layers_in_groups_end_as_layers_at_once(splits, prediction):
         torch.testing.assert_close(*products, rtol=1e-4, atol=1e-5)
 
 
+def test_probes_have_a_known_error_where_a_batch_has_a_single_loss():
+    """As many samples as would do are then one batch, whose difference says nothing of its noise."""
+
+    def mean_loss(model, batch):
+        return loss(model, batch).mean()
+
+    data = [(torch.randn(300, 16), torch.randint(4, (300,))) for _ in range(6)]
+    found = {}
+    for function in (loss, mean_loss):
+        result = compress(Backwards(), function, data, data, data, objective="budget", keep=0.7)
+        probes = [probe for layer in result.layers for probe in layer.curve.probes]
+        found[function] = [error for *_, error in probes]
+        assert all(0 < error < float("inf") for error in found[function])
+    single = [(torch.randn(300, 16), torch.randint(4, (300,)))]
+    result = compress(Backwards(), mean_loss, single, single, single, objective="budget", keep=0.7)
+    assert {error for layer in result.layers for *_, error in layer.curve.probes} == {float("inf")}
+    assert all(all(layer.curve.allowed) for layer in result.layers), "one batch cannot tell"
+
+
 def test_many_layers_are_probed_in_groups(splits):
     model = nn.Sequential(*(layer for _ in range(10) for layer in (nn.Linear(16, 16), nn.Tanh())), nn.Linear(16, 4))
     result = compress(model, loss, *splits, objective="budget", keep=0.7)

@@ -215,10 +215,10 @@ def test_a_better_loss_needs_a_score_that_holds(rose, fell, expected):
 def test_few_samples_are_inconclusive():
     change = np.random.default_rng(0).normal(0, 0.01, size=400)
     score = np.zeros(400)
-    # without a single changed answer 400 samples still allow a fall by 0.67 points
+    # without a single changed answer 400 samples still allow a fall by 0.75 points
     certificate = verdict(change, score)
     assert certificate.verdict == "inconclusive"
-    assert certificate.samples_needed == pytest.approx(2.7055 / 0.005 - 2.7055, abs=2)
+    assert certificate.samples_needed == pytest.approx(math.log(0.05) / math.log(1 - 0.005), abs=2)
     assert verdict(change[:1]).verdict == "inconclusive"
     assert verdict(change[:1]).samples_needed is None
 
@@ -365,6 +365,15 @@ def test_rows_without_a_target_do_not_count_for_the_temperature():
     assert fit_temperature(padded) == pytest.approx(fit_temperature(data))
     assert fit_temperature(dataclasses.replace(data, logits=None)) is None
     assert fit_temperature(dataclasses.replace(data, target=torch.full((300,), -100))) is None
+
+
+def test_classes_that_are_ruled_out_do_not_hide_the_temperature():
+    data = classifier(3.0)
+    logits = torch.cat([data.logits, torch.full((len(data.logits), 2), -math.inf)], 1)
+    assert fit_temperature(dataclasses.replace(data, logits=logits)) == pytest.approx(fit_temperature(data))
+    logits[0, data.target[0]] = -math.inf
+    assert fit_temperature(dataclasses.replace(data, logits=logits)) is None, "a right answer is ruled out"
+    assert fit_temperature(dataclasses.replace(data, logits=data.logits * math.nan)) is None
 
 
 def test_scaled_losses_are_reported_for_classifiers():

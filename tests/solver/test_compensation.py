@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import compress
+from lrf_lightning.solver import compensation
 from lrf_lightning.solver.compensation import compensated_target, fit_layers
+from lrf_lightning.solver.conv_orders import layer_factors
 from lrf_lightning.solver.factorization import factorize
 from lrf_lightning.solver.statistics import RowSampler, collect_statistics
 from lrf_lightning.surgery import find_layers
@@ -263,14 +265,60 @@ def test_experts_that_get_other_rows_than_before_are_not_fitted_to_them():
         return [compressed.get_submodule(name).weight for name in ranks]
 
     assert all(positive(model, x) != positive(coarse, x) for x, _ in batches), "or the test tests nothing"
-    plain = fitted(batches, compensation=False)
-    torch.testing.assert_close(fitted(batches), plain)
+
+    def in_the_metric_of_what_they_get(batches):
+        """The weights as they are, truncated in the metric of the rows that the experts of the coarse model get."""
+        found = []
+        for name, sign in (("positive", 1), ("negative", -1)):
+            with torch.no_grad():
+                rows = [coarse.first(x).flatten(0, 1) for x, _ in batches]
+            rows = torch.cat([row[(row[:, 0] > 0) == (sign > 0)] for row in rows]).double()
+            candidate, outputs = layers[name].candidate, layers[name].gradients.mean
+            moment = (rows.T @ rows / len(rows))[None]
+            left, right = factorize(candidate.matrices(), moment, outputs, damping=1e-2).truncated(3)
+            found.append((left @ right)[0].float())
+        return found
+
+    def close(found, expected):
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, expected, strict=True))
+
+    assert close(fitted(batches), in_the_metric_of_what_they_get(batches))
+    assert not close(fitted(batches, compensation=False), in_the_metric_of_what_they_get(batches))
     # as many rows as before in one of the batches, but others
     pool = torch.randn(2000, 5, 12)
     same = torch.stack([x for x in pool if positive(model, x) == positive(coarse, x)][:20])
     chance = (same, torch.randint(4, (20,)))
-    assert not torch.allclose(fitted([chance])[0], plain[0]), "this one alone cannot be told"
-    torch.testing.assert_close(fitted([*batches[1:], chance]), plain)
+    assert not close(fitted([chance]), in_the_metric_of_what_they_get([chance])), "this one alone cannot be told"
+    several = [*batches[1:], chance]
+    assert close(fitted(several), in_the_metric_of_what_they_get(several))
+
+
+def test_experts_keep_the_metric_of_their_inputs_when_calibration_has_freed_it():
+    torch.manual_seed(0)
+    model, data = Routed(), [(torch.randn(40, 5, 12), torch.randint(4, (40,))) for _ in range(3)]
+    seen = {}
+
+    def watched(candidate, target, inputs, *args, **options):
+        seen[candidate.name] = inputs
+        return layer_factors(candidate, target, inputs, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compensation, "layer_factors", watched)
+        options = {"objective": "budget", "keep": 0.5, "speed": "none", "include": ["first", "positive", "negative"]}
+        result = compress(model, loss, data, data, data, **options)
+    sent = [[int((each.first(x)[..., 0] > 0).sum()) for x, _ in data] for each in (model, result.model)]
+    assert all(before != after for before, after in zip(*sent, strict=True)), "or the test tests nothing"
+    assert seen["positive"] is not None
+    assert seen["negative"] is not None
+
+
+def test_a_group_without_inputs_does_not_undamp_the_others():
+    weight = torch.randn(2, 5, 6, dtype=torch.float64)
+    x, y = (torch.randn(3, 6, dtype=torch.float64) for _ in range(2))  # fewer rows than inputs
+    cross, inputs = (torch.stack([a.T @ b / 3, torch.zeros(6, 6)]) for a, b in ((x, y), (y, y)))
+    together = compensated_target(weight, cross, inputs, 1e-2)
+    torch.testing.assert_close(together[:1], compensated_target(weight[:1], cross[:1], inputs[:1], 1e-2))
+    torch.testing.assert_close(together[1], weight[1])
 
 
 class Local(nn.Module):

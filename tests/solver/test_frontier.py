@@ -26,6 +26,7 @@ from lrf_lightning.solver.settings import default_loss_margin
         (float("inf"), True, 1.0, 0.005),  # a single pair
         (1e-9, False, 1.0, 1e-9),  # lossless looks for ties only
         (0.002, True, 0.0, 0.0),  # at face value
+        (float("inf"), True, 0.0, 0.0),
     ],
 )
 def test_room_for_a_change_for_the_worse(error, inside_margin, ties, room):
@@ -235,6 +236,22 @@ def test_better_is_surely_lower_and_no_less_accurate(change, score, better):
     other = Outcome(torch.zeros(400, dtype=torch.float64), weights, scores)
     assert frontier._is_better(Outcome(noise - noise.mean() + change, weights, scores + score), other) is better
     assert not frontier._is_better(Outcome(noise[:1] - 9, weights[:1]), Outcome(noise[:1], weights[:1])), "one pair"
+    # a score for the whole split has no error: it must be inside half the margin
+    whole = Outcome(noise - noise.mean() + change, weights, scores[:1] + score, weights[:1] * 400)
+    before = Outcome(torch.zeros(400, dtype=torch.float64), weights, scores[:1], weights[:1] * 400)
+    assert frontier._is_better(whole, before) is better
+
+
+def test_a_budget_that_ranks_meet_exactly_is_met():
+    model, data = (
+        nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 4)),
+        [(torch.randn(8, 200), torch.tensor([0, 1] * 4))],
+    )
+    parts = {"calibration": data, "selection": data, "verification": data}
+    settings = Settings(objective="budget", prediction="energy", include=("0",))
+    work, dense = calibrated(model, per_sample, parts, settings=settings)
+    for keep in (0.57, 0.69, 0.83):  # 0.57 * 40,000 is 22,799.999..., rank 57 costs 22,800
+        assert Frontier(work, dense).rivals(keep) == [{"0": round(100 * keep)}]
 
 
 def test_ranks_that_cost_more_than_the_dense_layer_are_no_choice():

@@ -9,7 +9,9 @@ from scipy import optimize, stats
 
 from lrf_lightning.solver.intervals import (
     bootstrap_bound,
+    largest_share,
     mean_interval,
+    paired_error,
     paired_interval,
     student_quantile,
     tango_interval,
@@ -78,17 +80,32 @@ def test_bounds_follow_the_unit_of_the_differences():
 
 
 def test_weights_count_like_repeated_means():
-    # three batches of different size: the mean is that of all samples, the error that of the ratio estimator
+    # three batches of different size: the mean is that of all samples, the error that of means of so many
     x, weights = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), torch.tensor([10.0, 10.0, 5.0]).double()
     interval = mean_interval(x, weights, 0.95)
     share = np.array([0.4, 0.4, 0.2])
     mean = float(share @ x.numpy())
-    error = math.sqrt(float((share**2) @ (x.numpy() - mean) ** 2) * 3 / 2)
+    error = math.sqrt(float(share @ (x.numpy() - mean) ** 2) / 2)
     assert interval.mean == pytest.approx(mean)
     assert interval.standard_error == pytest.approx(error)
     assert interval.upper - mean >= stats.t.ppf(0.95, 2) * error - 1e-12
-    equal = mean_interval(x, torch.full((3,), 7.0).double(), 0.95)
+    assert paired_error(x, weights) == pytest.approx(error)
+    # where small batches do not differ more than large ones, the ratio estimator's is larger
+    weights = torch.tensor([10.0, 10.0, 10.0, 1.0]).double()
+    share, x = weights.numpy() / 31, torch.tensor([1.0, 2.0, 4.0, 2.3]).double()
+    squares = (x.numpy() - float(share @ x.numpy())) ** 2
+    assert float(share**2 @ squares) * 4 / 3 > float(share @ squares) / 3
+    assert paired_error(x, weights) == pytest.approx(math.sqrt(float(share**2 @ squares) * 4 / 3))
+    equal = mean_interval(x, torch.full((4,), 7.0).double(), 0.95)
     assert equal.standard_error == pytest.approx(stats.sem(x.numpy()))
+
+
+@pytest.mark.parametrize("sizes", [[64, 64], [64, 4], [256, 3], [128, 128, 2], [500, 1, 1, 1]])
+def test_a_small_last_batch_does_not_narrow_the_bound(sizes):
+    generator, weights = torch.Generator().manual_seed(0), torch.tensor(sizes, dtype=torch.float64)
+    means = torch.randn(4000, len(sizes), generator=generator, dtype=torch.float64) / weights.sqrt()
+    missed = sum(mean_interval(x, weights, 0.95).upper < 0 for x in means)
+    assert missed / 4000 < 0.06
 
 
 def test_a_single_pair_says_nothing():
@@ -115,9 +132,12 @@ def test_tango_bounds_solve_the_constrained_score_equation(counts, confidence):
     gained, lost, pairs = counts
     interval = tango_interval(gained, lost, pairs, confidence)
     z = stats.norm.ppf(confidence)
-    for bound in (interval.lower, interval.upper):
+    for bound, (count, others) in ((interval.lower, (lost, gained)), (interval.upper, (gained, lost))):
         if abs(bound) > 1 - 1e-9:  # the end of the range is not rejected
             continue
+        exact = stats.beta.ppf(confidence, count + 1, pairs - count)
+        if others == 0 and abs(bound) == pytest.approx(exact):
+            continue  # the exact bound is wider
 
         def likelihood(share_lost, bound=bound):
             share_gained = share_lost + bound
@@ -134,10 +154,37 @@ def test_tango_bounds_solve_the_constrained_score_equation(counts, confidence):
 
 
 def test_tango_keeps_a_width_without_any_change():
-    z = stats.norm.ppf(0.95)
     interval = tango_interval(0, 0, 300, 0.95)
-    assert interval.upper == pytest.approx(z**2 / (300 + z**2), rel=1e-6)
+    assert interval.upper == pytest.approx(1 - 0.05 ** (1 / 300), rel=1e-6)
     assert interval.lower == pytest.approx(-interval.upper)
+    # nor where scores are known by batch only
+    by_batch = paired_interval(torch.zeros(3, dtype=torch.float64), torch.tensor([128.0, 128.0, 44.0]), 0.95)
+    assert (by_batch.lower, by_batch.upper) == (interval.lower, interval.upper)
+
+
+@pytest.mark.parametrize("confidence", [0.6, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize(("count", "pairs"), [(0, 1), (0, 700), (3, 700), (40, 10_000), (699, 700)])
+def test_the_largest_share_is_scipys(count, pairs, confidence):
+    expected = stats.beta.ppf(confidence, count + 1, pairs - count)
+    assert largest_share(count, pairs, confidence) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_largest_share_of_fractions():
+    assert largest_share(2.3, 100.7, 0.95) == largest_share(3, 100, 0.95)
+    assert largest_share(5, 5, 0.95) == 1.0
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.9, 0.95, 0.99])
+def test_where_answers_can_only_be_lost_the_bound_is_exact(confidence):
+    """A fall of exactly the margin passes no more often than it may, at any number of samples."""
+    share = 0.005
+    for pairs in range(100, 1500, 13):
+        passes = sum(
+            stats.binom.pmf(lost, pairs, share)
+            for lost in range(20)
+            if tango_interval(0, lost, pairs, confidence).lower > -share
+        )
+        assert passes <= 1 - confidence + 1e-9
 
 
 def test_tango_covers_the_true_difference():

@@ -29,13 +29,14 @@ def test_a_point_is_on_the_front_unless_another_is_as_good_in_all_and_better_in_
 
 def test_the_original_beats_a_point_only_in_what_it_keeps_itself():
     assert pareto_front([point(1.0, 1.1), point(0.9, 1.1)], DENSE, 1000) == [point(0.9, 1.1)]
-    assert original_on_front([point(0.9, 1.1)], DENSE)
-    assert not original_on_front([point(0.9, 1.0)], DENSE)
+    assert original_on_front([point(0.9, 1.1)], DENSE, 1000)
+    assert not original_on_front([point(0.9, 1.0)], DENSE, 1000)
 
 
 def test_infinite_losses_and_models_that_grew_are_never_on_the_front():
     assert pareto_front([point(0.5, float("inf")), point(0.4, float("nan"))], DENSE, 1000) == []
     assert pareto_front([point(0.9, 0.5)], DENSE, 899) == []
+    assert original_on_front([point(0.9, 0.5)], DENSE, 899)
 
 
 def test_the_knee_is_where_the_chord_is_farthest():
