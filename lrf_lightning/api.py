@@ -121,7 +121,7 @@ def compress(
         progress: called as ``progress(stage, done, total)``; a total of 0 is unknown.
         score_name: what the score is called in the report, such as ``"accuracy"``.
         cache_dir: folder of calibrations that solves of the same model and data share, whatever their objective and
-            budget; see :mod:`lrf_lightning.solver.calibration_cache`.
+            budget; see :mod:`lrf_lightning.sweeps.calibration_cache`.
         weights: what a copy of the model gets first: a state dict, or the path or URL of a file with one, such as a
             checkpoint of Lightning or a ``.safetensors`` file. None takes the model's own.
         **settings: fields of :class:`~lrf_lightning.solver.settings.Settings`.
@@ -162,7 +162,7 @@ def compress(
 
 
 def _cached(folder: str | PathLike[str]) -> CalibrationStep:
-    from lrf_lightning.solver.calibration_cache import CalibrationCache
+    from lrf_lightning.sweeps.calibration_cache import CalibrationCache
 
     return CalibrationCache(folder)
 

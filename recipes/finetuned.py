@@ -1,6 +1,6 @@
 """Your own trained model and data, given by import paths; nothing is trained.
 
-``python train.py recipe=finetuned ckpt_path=FILE module=my.project.Module datamodule=my.project.Data``
+``python train.py recipe=finetuned "ckpt_path='FILE'" module=my.project.Module datamodule=my.project.Data``
 
 Arguments of ``__init__`` come from the hyperparameters in a checkpoint of Lightning;
 ``+model.arguments.NAME=VALUE`` and ``+data.arguments.NAME=VALUE`` add to them or replace them. The file may also hold

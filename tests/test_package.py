@@ -21,10 +21,21 @@ def test_import_is_light():
     assert loaded.strip() == "[]"
 
 
-def test_compress_needs_only_torch_and_safetensors():
+def test_compress_needs_only_torch_and_safetensors(tmp_path):
     others = ("lightning", "torchmetrics", "matplotlib", "rich", "hydra", "omegaconf", "wandb")
-    imports = "from lrf_lightning import Settings, StepOutput, compress, load_compressed; print(compress.__name__)"
-    assert run(BLOCKED.format(names=others) + imports).strip() == "compress"
+    code = """
+import torch
+from lrf_lightning import Settings, StepOutput, compress, load_compressed
+model, data = torch.nn.Sequential(torch.nn.Linear(8, 8)), [(torch.randn(8, 8),) for _ in range(3)]
+result = compress(
+    model, lambda model, batch: model(batch[0]).square().mean(1), *([batch] for batch in data), keep=0.5,
+    objective="budget", speed="none", cache_dir=FOLDER,
+)
+result.save(FOLDER + "/small")
+print(load_compressed(model, FOLDER + "/small")[0].rank)
+"""
+    assert run(BLOCKED.format(names=others) + f"FOLDER = {str(tmp_path)!r}\n" + code).strip() == "2"
+    assert list(tmp_path.glob("calibration-*.pt")), "the calibration was kept"
 
 
 @pytest.mark.slow  # imports Lightning in a process of its own
@@ -48,8 +59,11 @@ def test_no_folder_imports_one_that_imports_it():
     for path in root.rglob("*.py"):
         part = path.relative_to(root).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lrf_lightning."):
-                graph.setdefault(part, set()).add(node.module.split(".")[1])
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "lrf_lightning":
+                continue
+            homes = (lrf_lightning._HOMES.get(name.name, f"lrf_lightning.{name.name}") for name in node.names)
+            for module in homes if node.module == "lrf_lightning" else (node.module,):
+                graph.setdefault(part, set()).add(module.split(".")[1])
     for part, others in graph.items():
         others.discard(part)
     del graph["__init__"]  # it hands names on

@@ -12,5 +12,5 @@ class LrfLightningSearchPath(SearchPathPlugin):
     """Makes ``+compress=lossless`` known to an app; its own config comes first."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the folder that holds nothing but the group ``compress``."""
+        """Append the folder that holds nothing but the groups ``compress`` and ``callbacks/rank_monitor``."""
         search_path.append(provider="lrf_lightning", path="pkg://lrf_lightning.conf")

@@ -34,10 +34,10 @@ from lrf_lightning.copies.unsharded import whole_weights
 from lrf_lightning.data.batches import dealt
 from lrf_lightning.data.device_batches import DeviceBatches
 from lrf_lightning.data.loaders import ROLES, check_loaders, resolve_loaders
+from lrf_lightning.data.sample_images import find_images
 from lrf_lightning.distributed import current_processes
 from lrf_lightning.export.files import ExportedFile, ExportError, export_model
 from lrf_lightning.export.sample_call import Sample, find_sample
-from lrf_lightning.plots.sample_images import find_images
 from lrf_lightning.progress import stage_progress
 from lrf_lightning.reports.report import print_report
 from lrf_lightning.run_folder import run_folder

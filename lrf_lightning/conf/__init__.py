@@ -1,1 +1,1 @@
-"""Hydra config group ``compress``, which the search-path plugin adds to every Hydra app."""
+"""Hydra's config groups ``compress`` and ``callbacks/rank_monitor``, which the search-path plugin adds to every app."""

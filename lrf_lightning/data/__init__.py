@@ -1,1 +1,1 @@
-"""Batches: where they come from, on which device they are, and that every pass sees the same ones."""
+"""Batches: where they come from, on which device they are, that every pass sees the same ones, images in them."""

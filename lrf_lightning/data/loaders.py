@@ -31,9 +31,8 @@ from lrf_lightning.data.disjoint_parts import disjoint_parts
 from lrf_lightning.random_state import seeded
 from lrf_lightning.solver.evaluation import Batches
 
-__all__ = ["ROLES", "LoaderChoice", "Loaders", "check_loaders", "has_loader", "resolve_loaders"]
+__all__ = ["ROLES", "Loaders", "check_loaders", "has_loader", "resolve_loaders"]
 
-LoaderChoice = "Batches | str | None"
 
 ROLES = ("calibration", "selection", "verification")
 LIGHTNING_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")

@@ -1,1 +1,1 @@
-"""A result in pictures."""
+"""Pictures of a result, and of a training for the rank monitor."""

@@ -68,7 +68,8 @@ def print_report(result: Solution, *, console: Console | None = None) -> None:
             _say(console, line)
     console.print()
     _say(console, verdict_sentence(result), style="bold")
-    for line in (_choice(result), temperature_sentence(result.certificate), _time(result)):
+    scaled = temperature_sentence(result.certificate) if result.ranks else ""
+    for line in (_choice(result), scaled, _time(result)):
         _say(console, line)
     console.print()
 

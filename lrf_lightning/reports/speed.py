@@ -75,9 +75,9 @@ def _reasons(result: Solution, speed: Speed, slow: list[Timing]) -> list[str]:
     if kept is not None and kept > 0.8:
         reasons.append(f"{100 * kept:.0f} % of the operations remain, since the costly layers stay dense or nearly so")
     if all(timing.batch == 1 for timing in slow):
-        reasons.append(
-            f"a single sample leaves little work per call, and {len(result.ranks)} layers make two calls instead of one"
-        )
+        number = len(result.ranks)
+        calls = f"{number} layer{'s make' if number > 1 else ' makes'} two calls instead of one"
+        reasons.append(f"a single sample leaves little work per call, and {calls}")
     if not reasons:
         reasons.append(
             "what is saved in the factorized layers disappears in the rest of the model and in the noise"

@@ -38,6 +38,9 @@ The names are those of W&B's run summary, of ``trainer.callback_metrics`` and of
 ``compress/samples_verification``         samples of that split; ``samples_selection``, ``samples_calibration``
 ``compress/solve_seconds``                wall-clock seconds of the whole solve
 ``compress/seconds/<stage>``              wall-clock seconds of one stage, such as ``compress/seconds/statistics``
+``compress/<format>_bytes``               size of an exported file, ``onnx`` or ``pt2``; ``_dense`` that of the same
+                                          model with dense layers
+``compress/failed``                       1 if the compression failed, 0 otherwise; in ``trainer.callback_metrics`` only
 ========================================  ==============================================================================
 
 A figure that is not known is missing; one that is not finite stays as it is.

@@ -52,7 +52,7 @@ def temperature_sentence(certificate: Certificate | None) -> str:
     if certificate.scaled_compressed_loss is None:
         return sentence + "."
     sentence += f", the compressed model's {certificate.scaled_compressed_loss:.4f}."
-    lower = certificate.compressed.loss < certificate.dense.loss
+    lower = certificate.loss_change.upper < 0
     if lower and certificate.scaled_compressed_loss >= certificate.scaled_dense_loss:
         # a temperature below 1 sharpens: the original was not confident enough
         kind = "more" if certificate.temperature is not None and certificate.temperature < 1 else "less"

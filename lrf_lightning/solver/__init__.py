@@ -1,4 +1,4 @@
-"""The joint low-rank solver: pure torch, without Lightning, Hydra, W&B or files."""
+"""The joint low-rank solver: torch alone, without Lightning, Hydra and W&B."""
 
 from lrf_lightning.solver.evaluation import StepOutput
 from lrf_lightning.solver.result import Certificate, FrontierPoint, LayerResult

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from lrf_lightning.solver.acceptance import choose_among
 from lrf_lightning.solver.allocation import RanksKey, ranks_key
 from lrf_lightning.solver.certificate import certify
-from lrf_lightning.solver.choice import choose_among
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.model_size import parameter_count

@@ -1,7 +1,7 @@
 """Measured points between the dense model and a tiny one.
 
 Every point is an allocation for a share of the cost, built with compensation and measured on the selection split.
-:mod:`lrf_lightning.solver.choice` chooses among them.
+:mod:`lrf_lightning.solver.acceptance` chooses among them.
 
 A predicted gain of the loss may be real, or the sum of what chance and an ill-scaled output promise in many layers. So
 where it makes a difference two allocations are measured for a share: one that believes no gain, and one that believes

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lrf_lightning.copies.model_copy import copied_model
+from lrf_lightning.solver.acceptance import choose_compact, choose_lossless
 from lrf_lightning.solver.budgets import measure_budgets
-from lrf_lightning.solver.choice import choose_compact, choose_lossless
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.layer_results import layer_results

@@ -42,7 +42,6 @@ BRIEF = 0.25  # of that time
 SHORTEST_SECONDS = 0.002  # calls are repeated until they take as long
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 31
 MOST_LAYERS = 4  # of those that are looked at where the model is not faster
-SLOWER = 1.02  # ratio of times from which a layer is called slower
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The loss of a LightningModule, taken from its own steps, for single samples where they tell."""
+"""How a loss is made up of its samples and terms, and where the steps of a LightningModule show it."""

@@ -1,1 +1,1 @@
-"""Hydra's multiruns: one table and one picture of all jobs, and one training for those that share it."""
+"""Many solves: one table and one picture of a multirun; trainings and calibrations that jobs share."""

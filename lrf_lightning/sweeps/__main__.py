@@ -2,4 +2,5 @@
 
 from lrf_lightning.sweeps.summary import main
 
-main()
+if __name__ == "__main__":
+    main()

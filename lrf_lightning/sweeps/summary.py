@@ -219,3 +219,7 @@ def _setting(text: str) -> str:
 
 def _signed(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:+.4f}"
+
+
+if __name__ == "__main__":
+    main()

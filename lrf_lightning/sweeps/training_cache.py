@@ -35,7 +35,7 @@ from lrf_lightning import random_state
 from lrf_lightning.best_checkpoint import best_checkpoint_callback
 from lrf_lightning.best_effort import best_effort
 from lrf_lightning.fingerprint import UnknownContentError, fingerprint
-from lrf_lightning.solver.calibration_cache import locked
+from lrf_lightning.sweeps.calibration_cache import locked
 
 __all__ = ["fit_once", "source_files"]
 

@@ -114,14 +114,18 @@ def test_values_that_are_not_finite_are_written_out():
 
 def test_temperature_tells_when_only_the_confidence_changed():
     softer = example(
-        "not worse", scaled_dense_loss=0.24, temperature=1.5, scaled_compressed_loss=0.245, loss_margin=0.005
+        "better",
+        loss_change=Interval(-0.01, 0.002, -0.014, -0.006, 270, "mean"),
+        scaled_dense_loss=0.24,
+        temperature=1.5,
+        scaled_compressed_loss=0.245,
     ).certificate
     sentence = temperature_sentence(softer)
     assert "the original's loss is 0.2400 (temperature 1.50, fitted on the selection split)" in sentence
     assert sentence.endswith("less confident predictions, not from better ones.")
     sharper = temperature_sentence(dataclasses.replace(softer, temperature=0.5))
     assert sharper.endswith("more confident predictions, not from better ones.")
-    not_lower = dataclasses.replace(softer, compressed=Measurement(270, 0.26, 0.96))
+    not_lower = dataclasses.replace(softer, loss_change=Interval(-0.001, 0.002, -0.005, 0.003, 270, "mean"))
     assert temperature_sentence(not_lower).endswith("the compressed model's 0.2450.")
     better = dataclasses.replace(softer, scaled_compressed_loss=0.23)
     assert temperature_sentence(better).endswith("the compressed model's 0.2300.")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import Settings, StepOutput, compress
-from lrf_lightning.solver import choice
+from lrf_lightning.solver import acceptance
 from lrf_lightning.solver import frontier as frontier_module
 from lrf_lightning.solver.evaluation import Outcome
 from lrf_lightning.solver.frontier import Frontier
@@ -30,7 +30,9 @@ from lrf_lightning.solver.settings import default_loss_margin
     ],
 )
 def test_room_for_a_change_for_the_worse(error, inside_margin, ties, room):
-    assert choice._room(Settings(ties=ties), error, 0.01, inside_margin=inside_margin) == pytest.approx(room, rel=1e-6)
+    assert acceptance._room(Settings(ties=ties), error, 0.01, inside_margin=inside_margin) == pytest.approx(
+        room, rel=1e-6
+    )
 
 
 def per_sample(model, batch):
@@ -177,7 +179,7 @@ def test_every_best_model_is_told_once_and_no_other():
 @pytest.mark.parametrize("objective", ["compact", "lossless"])
 def test_a_small_saving_is_found_where_the_first_share_saves_too_much(objective, monkeypatch):
     def saved(accepted):
-        monkeypatch.setattr(choice, "_qualifies", lambda frontier, point, *others: accepted(point))
+        monkeypatch.setattr(acceptance, "_qualifies", lambda frontier, point, *others: accepted(point))
         options = {"objective": objective, "points": 2, "speed": "none"}
         found = compress(trained(), per_sample, split(1), split(2), split(3), **options)
         return found, 1 - found.params_layers[1] / found.params_layers[0]

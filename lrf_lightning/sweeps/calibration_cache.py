@@ -2,7 +2,8 @@
 
 The file is named after the content of everything that it depends on: weights and structure of the model, the
 calibration batches, the settings that calibration reads, the loss as far as the original's figures on the selection
-split show it, the device, and the code of the solver. Anything else, such as a budget, does not matter.
+split show it, the device, and the source of all of this package that has a part in it. Anything else, such as a
+budget, does not matter.
 
 Parallel jobs can share a folder: a file is written whole or not at all, and while a job works on a calibration the
 others that need it wait. A calibration takes about as much disk as the moments of the layers take memory
@@ -151,7 +152,9 @@ def _key(work: Workspace, candidates: list[Candidate], dense: Outcome) -> str:
 def _code() -> str:
     """A digest of this package's source, which decides what a calibration holds."""
     folder = Path(__file__).parents[1]
-    files = [path for name in ("solver", "steps", "surgery") for path in sorted((folder / name).glob("*.py"))]
+    parts = ("copies", "modules", "solver", "steps", "surgery")
+    files = [path for name in parts for path in sorted((folder / name).glob("*.py"))]
+    files += [folder / "distributed.py", folder / "random_state.py", Path(__file__)]
     return fingerprint(*(path.read_bytes() for path in files))
 
 

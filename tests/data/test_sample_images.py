@@ -2,8 +2,8 @@ import pytest
 import torch
 from process_groups import run_together
 
+from lrf_lightning.data.sample_images import find_images
 from lrf_lightning.distributed import current_processes
-from lrf_lightning.plots.sample_images import find_images
 
 
 def batches():

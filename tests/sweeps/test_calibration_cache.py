@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import compress
-from lrf_lightning.solver import calibration_cache
 from lrf_lightning.solver.calibration import calibrate
-from lrf_lightning.solver.calibration_cache import locked
+from lrf_lightning.sweeps import calibration_cache
+from lrf_lightning.sweeps.calibration_cache import locked
 
 
 def loss(model, batch):
