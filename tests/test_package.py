@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lrf_lightning
+from lrf_lightning import solver
 
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys({names}))  # as if they were not installed\n"
 
@@ -69,3 +71,8 @@ def test_no_folder_imports_one_that_imports_it():
     del graph["__init__"]  # it hands names on
     order = list(TopologicalSorter(graph).static_order())
     assert order.index("modules") < order.index("surgery") < order.index("solver") < order.index("callbacks")
+
+
+def test_the_map_of_the_solver_names_all_of_its_modules():
+    named = set(re.findall(r"``(\w+)``", solver.__doc__)) | {"joint"}
+    assert named == {path.stem for path in Path(solver.__file__).parent.glob("*.py")} - {"__init__"}
