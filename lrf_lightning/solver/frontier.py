@@ -96,7 +96,9 @@ class Frontier:
         Raises:
             ValueError: if even the cheapest ranks cost more.
         """
-        budget = keep * self.work.dense_cost * (1 + 1e-12)  # one that ranks meet exactly must not fall to rounding
+        budget = keep * self.work.dense_cost
+        if self.work.settings.cost != "latency" and math.isclose(budget, round(budget), rel_tol=1e-12):
+            budget = round(budget)  # costs are whole numbers, and ranks that meet one exactly must not miss it
         if cheapest(self._options) > budget:
             raise ValueError(
                 f"keep={keep:g} cannot be reached: the cheapest ranks of all layers keep {self.lowest:.4f} of the "
