@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lrf_lightning import CompressionResult, LowRankCompression
 from lrf_lightning.best_checkpoint import best_checkpoint_path
@@ -218,16 +219,17 @@ def _test(
     if result is not None:
         loggers, trainer.loggers = trainer.loggers, []  # the loggers' test metrics stay those of the dense model
         try:
-            found = trainer.test(result.model, datamodule=datamodule, verbose=False)[0]
+            found = _of_all_loaders(trainer.test(result.model, datamodule=datamodule, verbose=False))
         finally:
             trainer.loggers = loggers
         metrics |= {f"compress/{name}": torch.tensor(value) for name, value in found.items()}
         rows["compressed"] = result.params_model[1], found
     if compression is None or not compression.in_place:
-        best = compression is not None and compression.weights == "best"
+        quick = bool(getattr(trainer, "fast_dev_run", False))  # which keeps no checkpoint
+        best = compression is not None and compression.weights == "best" and not quick
         # Lightning's own "best" is that of the first checkpoint callback, whether it watches a metric or not
         path = (best_checkpoint_path(trainer) or "best") if best else None
-        found = trainer.test(model, datamodule=datamodule, ckpt_path=path, verbose=False)[0]
+        found = _of_all_loaders(trainer.test(model, datamodule=datamodule, ckpt_path=path, verbose=False))
         metrics |= {name: torch.tensor(value) for name, value in found.items()}
         rows["dense"] = sum(parameter.numel() for parameter in model.parameters()), found
     for logger in trainer.loggers:
@@ -236,12 +238,17 @@ def _test(
     return metrics
 
 
+def _of_all_loaders(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Figures of all test loaders, whose names tell them apart; none if no batch was tested."""
+    return {name: value for figures in found for name, value in figures.items()}
+
+
 @rank_zero_only
 def _print_test(rows: dict[str, tuple[int, Mapping[str, float]]], result: CompressionResult | None) -> None:
     names = sorted({name for _, found in rows.values() for name in found})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("model", "parameters", *names):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(Text(heading), justify="left" if heading == "model" else "right")  # brackets are no markup
     for model, (parameters, found) in sorted(rows.items(), reverse=True):
         table.add_row(model, f"{parameters:,}", *(f"{found[name]:.4f}" if name in found else "" for name in names))
     _say("Test split: only reported, it took no part in any decision")

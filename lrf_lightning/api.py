@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from lrf_lightning import random_state
+from lrf_lightning.copies.model_copy import copied_model
+from lrf_lightning.copies.uncompiled import is_compiled, uncompile_children
 from lrf_lightning.data.batches import fixed_order, overlaps
 from lrf_lightning.distributed import current_processes
 from lrf_lightning.solver.evaluation import Batches, LossFunction
@@ -139,10 +141,17 @@ def compress(
         raise TypeError(f"model is a {type(model).__name__}; give the trained torch.nn.Module")
     if not callable(loss):
         raise TypeError(f"loss={loss!r} is no callable; give loss(model, batch) that returns a Tensor or a StepOutput")
+    if is_compiled(model):
+        raise TypeError(
+            "model is the result of torch.compile; give what was compiled, model._orig_mod, and compile what comes back"
+        )
     if weights is not None:
         from lrf_lightning.saving.given_weights import with_weights
 
         model = with_weights(model, weights)
+    if any(is_compiled(child) for child in model.modules()):
+        model = copied_model(model)
+        uncompile_children(model)
     given = {"calibration": calibration, "selection": selection, "verification": verification}
     with random_state.preserved(), torch.inference_mode(False), torch.enable_grad():
         splits = {role: _ordered(role, batches, checked.seed) for role, batches in given.items()}

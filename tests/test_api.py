@@ -8,6 +8,7 @@ import torch
 from small_modules import QUICK, clouds, loader, network
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
 
 import lrf_lightning
 from lrf_lightning import StepOutput, compress, load_compressed
@@ -322,3 +323,15 @@ def test_a_loss_that_draws_noise_draws_the_same_for_every_model(trained, shuffle
     assert counts[6] > len(result.frontier), "selection: the original and all that were measured"
     assert all(len(set(values)) == 1 for values in drawn.values())
     assert len({values[0] for values in drawn.values()}) == 18, "every batch of every split has noise of its own"
+
+
+def test_loaders_over_streams_of_unknown_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            generator = torch.Generator().manual_seed(0)
+            return iter([(torch.randn(12, generator=generator),) for _ in range(40)])
+
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 4))
+    splits = [DataLoader(Stream(), batch_size=8) for _ in range(3)]
+    result = compress(model, lambda model, batch: model(batch[0]).square().mean(1), *splits, objective="budget")
+    assert result.samples == {"calibration": 40, "selection": 40, "verification": 40}

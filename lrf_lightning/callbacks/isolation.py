@@ -11,41 +11,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from lrf_lightning import random_state
 from lrf_lightning.copies.model_copy import copied_model
+from lrf_lightning.copies.uncompiled import uncompile_children
 from lrf_lightning.copies.unsharded import copied
 from lrf_lightning.matmul_precision import matmul_precision
 
-__all__ = ["UncompiledModule", "detached_copy", "undisturbed"]
+__all__ = ["detached_copy", "undisturbed"]
 
 COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-
-
-class UncompiledModule(nn.Module):
-    """Stands in for the result of ``torch.compile`` in a copy, with the same names of parameters, and runs eagerly.
-
-    Hooks on layers are not seen by code that was compiled before they were set, and every candidate of the solver
-    would be compiled anew.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = module
-        self.training = module.training
-
-    def __getattr__(self, name: str) -> Any:
-        """Look further in the module, as a compiled module does."""
-        if name == "_orig_mod":
-            return self.__dict__["_modules"]["_orig_mod"]
-        if name.startswith("__"):  # a copy made by the inner module's own __deepcopy__ would lose this one
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self._orig_mod, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
-        return self._orig_mod(*args, **kwargs)
 
 
 def detached_copy(module: LightningModule, whole: Mapping[int, Tensor] | None = None) -> LightningModule:
@@ -75,17 +50,22 @@ def detached_copy(module: LightningModule, whole: Mapping[int, Tensor] | None = 
             new.__dict__.pop(name, None)
     for child in list(new.modules()):
         _forget_original(child)
+    uncompile_children(new)
     return new
 
 
 def _forget_original(module: nn.Module) -> None:
     """Take out of a copied module what still points at the original."""
     module.__dict__.pop("_compiled_call_impl", None)
+    # those of wandb.watch log the weights of whatever runs
+    for key in [key for key, hook in module._forward_hooks.items() if _module_of(hook).split(".")[0] == "wandb"]:
+        del module._forward_hooks[key]
     if isinstance(module, LightningModule):
         module._metric_attributes = None  # names by the identity of the original's metrics
-    for name, child in list(module._modules.items()):
-        if isinstance(child, OptimizedModule):
-            module._modules[name] = UncompiledModule(child._orig_mod)
+
+
+def _module_of(function: Any) -> str:
+    return str(getattr(function, "__module__", None) or "")
 
 
 @contextmanager

@@ -1,28 +1,67 @@
-"""Functions that are hooks or attributes of a module and hold parts of it, which a deep copy leaves as they are."""
+"""What holds parts of a module and is left as it is by a deep copy: functions and weak references, in lists as well."""
 
 from __future__ import annotations
 
 import functools
 import types
+import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-__all__ = ["rebind"]
+__all__ = ["rebind", "rebound"]
 
 Memo = Mapping[int, Any]
+TREE = frozenset({"_parameters", "_buffers", "_modules"})
+ATOMIC = frozenset({bool, bytes, complex, float, int, str, type(None)})
+CONTAINERS = frozenset({list, dict, tuple, OrderedDict, defaultdict})
+MOST_ITEMS = 1000  # of a container that is looked into; longer ones hold data
 
 
 def rebind(new: nn.Module, memo: Memo) -> None:
     """Let functions that are hooks or attributes of a copied module refer to the copy where they hold the original."""
+    shared = {key for key, value in memo.items() if key == id(value)}
     for module in new.modules():
         for name, value in list(module.__dict__.items()):
-            if isinstance(value, (types.FunctionType, functools.partial)):
-                module.__dict__[name] = _bound(value, memo)
-            elif "_hooks" in name and isinstance(value, dict):
+            if name in TREE or id(value) in shared:
+                continue
+            if "_hooks" in name and isinstance(value, dict):
                 for key, hook in value.items():
                     value[key] = _bound(hook, memo)
+            elif isinstance(value, (types.FunctionType, functools.partial)):
+                module.__dict__[name] = _bound(value, memo)
+            else:
+                module.__dict__[name] = rebound(value, memo)
+
+
+def rebound(value: Any, memo: Memo, depth: int = 4) -> Any:
+    """A value in which what the memo knows is replaced, in lists and dictionaries in place; itself if nothing is."""
+    kind = type(value)
+    if kind in ATOMIC:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind in CONTAINERS:
+        return _rebound_items(value, memo, depth) if depth and len(value) <= MOST_ITEMS else value
+    if kind is weakref.ref:
+        target = value()
+        return weakref.ref(memo[id(target)]) if id(target) in memo else value
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        return _bound(value, memo)
+    return value
+
+
+def _rebound_items(value: Any, memo: Memo, depth: int) -> Any:
+    if isinstance(value, tuple):
+        items = [rebound(item, memo, depth - 1) for item in value]
+        return tuple(items) if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        new = rebound(item, memo, depth - 1)
+        if new is not item:
+            value[key] = new
+    return value
 
 
 def _bound(value: Any, memo: Memo, depth: int = 6) -> Any:

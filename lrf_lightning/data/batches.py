@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -25,8 +26,19 @@ from torch.utils.data import (
 from lrf_lightning.distributed import Processes
 from lrf_lightning.random_state import seeded
 
-__all__ = ["EveryNth", "FirstBatches", "dealt", "fixed_order", "overlaps", "rebuilt", "sample_identities"]
+__all__ = [
+    "EveryNth",
+    "FirstBatches",
+    "dealt",
+    "fixed_order",
+    "has_samples",
+    "keeps_batches",
+    "overlaps",
+    "rebuilt",
+    "sample_identities",
+]
 
+WHOLE = "_lrf_keeps_batches"  # what a rebuilt loader, whose batches are a list, remembers of the first one
 PARTS = 10  # a source without indices is told apart in this many interleaved parts
 
 
@@ -68,8 +80,20 @@ def fixed_order(loader: Iterable[Any], seed: int) -> Iterable[Any]:
         seed: seed of samplers that shuffle; their own generators are left as they were.
     """
     if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
-        return rebuilt(loader, None if isinstance(loader.dataset, IterableDataset) else _drawn(loader, seed))
+        return rebuilt(loader, _drawn(loader, seed) if has_samples(loader) else None)
     return list(loader) if isinstance(loader, Iterator) else loader
+
+
+def has_samples(loader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
+    """Whether a loader yields what its dataset has under some indices, and does nothing else to it."""
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return False
+    return not isinstance(loader.dataset, IterableDataset)
+
+
+def keeps_batches(loader: DataLoader[Any]) -> bool:
+    """Whether a sampler of the user's has chosen which samples make a batch, so that it cannot be cut anew."""
+    return getattr(loader, WHOLE, type(loader.batch_sampler) not in (BatchSampler, type(None)))
 
 
 def rebuilt(loader: DataLoader[Any], order: list[Any] | None) -> DataLoader[Any]:
@@ -83,7 +107,7 @@ def rebuilt(loader: DataLoader[Any], order: list[Any] | None) -> DataLoader[Any]
     if order is not None:
         options = {"batch_size": None, "sampler": order} if loader.batch_sampler is None else {"batch_sampler": order}
     # workers that outlive a pass would carry their random state into the next one, so they are not persistent
-    return DataLoader(
+    new: DataLoader[Any] = DataLoader(
         loader.dataset,
         **options,
         num_workers=loader.num_workers,
@@ -94,6 +118,8 @@ def rebuilt(loader: DataLoader[Any], order: list[Any] | None) -> DataLoader[Any]
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
     )
+    setattr(new, WHOLE, keeps_batches(loader))
+    return new
 
 
 def dealt(batches: Iterable[Any], processes: Processes) -> Iterable[Any]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from lrf_lightning.data.batches import EveryNth, FirstBatches, rebuilt
+from lrf_lightning.data.batches import EveryNth, FirstBatches, has_samples, keeps_batches, rebuilt
 from lrf_lightning.random_state import seeded
 from lrf_lightning.solver.batch_contents import tensors
 from lrf_lightning.solver.evaluation import Batches
@@ -23,6 +23,8 @@ SHARES = {"calibration": 4, "selection": 3, "verification": 3}  # in tenths
 def disjoint_parts(loader: Iterable[Any], roles: Sequence[str], seed: int, count: int | None) -> dict[str, Batches]:
     """Share out the samples of a loader at random, or its batches in turn where samples cannot be asked for.
 
+    Batches that a batch sampler of the user's has put together, by length for instance, stay whole.
+
     Args:
         loader: yields the same samples in the same order on every pass.
         roles: names of splits.
@@ -32,7 +34,7 @@ def disjoint_parts(loader: Iterable[Any], roles: Sequence[str], seed: int, count
     Raises:
         ValueError: if there are fewer samples than splits.
     """
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+    if has_samples(loader):
         return _of_samples(loader, roles, seed, count)
     if not _repeats(loader):
         rank_zero_warn(
@@ -59,11 +61,13 @@ def _repeats(loader: Iterable[Any]) -> bool:
 
 def _of_samples(loader: DataLoader[Any], roles: Sequence[str], seed: int, count: int | None) -> dict[str, Batches]:
     batches = itertools.islice(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, count)
-    sampled = batches if loader.batch_sampler is None else itertools.chain.from_iterable(batches)
+    whole = keeps_batches(loader)
+    sampled = batches if whole or loader.batch_sampler is None else itertools.chain.from_iterable(batches)
     samples = list({tuple(index) if isinstance(index, list) else index: index for index in sampled}.values())
     if len(samples) < len(roles):
+        what = "batches, which its batch sampler has put together" if whole else "samples"
         raise ValueError(
-            f"the validation data has {len(samples)} samples, too few to be split into {', '.join(roles)}; "
+            f"the validation data has {len(samples)} {what}, too few to be split into {', '.join(roles)}; "
             "give more validation data, or pass loaders for the three splits"
         )
     order = torch.randperm(len(samples), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
@@ -75,7 +79,7 @@ def _of_samples(loader: DataLoader[Any], roles: Sequence[str], seed: int, count:
         size = min(max(size, 1), left - (len(roles) - position - 1))
         chosen = [samples[i] for i in order[start : start + size]]
         start += size
-        parts[role] = rebuilt(loader, chosen if loader.batch_sampler is None else _chunks(chosen, loader))
+        parts[role] = rebuilt(loader, chosen if whole or loader.batch_sampler is None else _chunks(chosen, loader))
     return parts
 
 

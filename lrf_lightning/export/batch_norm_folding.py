@@ -96,7 +96,7 @@ def fold(model: nn.Module, call: SampleCall) -> tuple[nn.Module, list[str]]:
     if not norms:
         return new, []
     try:
-        graph = _trace(new, call)
+        graph = _trace(copied_model(new), call)  # stand-ins may stay in attributes
     # the model's own code may raise anything when it is called with stand-ins
     except Exception as error:
         warnings.warn(
@@ -105,7 +105,7 @@ def fold(model: nn.Module, call: SampleCall) -> tuple[nn.Module, list[str]]:
             stacklevel=3,
         )
         return new, []
-    pairs = _with_expected_inputs(new, call, _pairs(new, graph))
+    pairs = _with_expected_inputs(copied_model(new), call, _pairs(new, graph))
     for layer_name, norm_name in pairs:
         _put_into(new.get_submodule(layer_name), new.get_submodule(norm_name))
         replace_module(new, norm_name, nn.Identity().eval())
@@ -173,6 +173,8 @@ def _fit(layer: nn.Module, norm: nn.Module) -> bool:
         return False  # torch's function takes the groups of a transposed weight for one
     weight = "left_factor" if isinstance(layer, LowRankModule) else "weight"
     if type(layer) not in DIMENSIONS or weight not in layer._parameters:
+        return False
+    if "forward" in vars(layer) or "forward" in vars(norm):
         return False
     channels = layer.out_features if hasattr(layer, "out_features") else layer.out_channels
     return bool(channels == norm.num_features)

@@ -277,12 +277,13 @@ def _spread(count: int, most: int | None) -> list[int]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with a heading; nothing is written if there are none.
+    """Write rows with a heading; if there are none, no file of an earlier result is left either.
 
     Raises:
         OSError: if the file cannot be written.
     """
     if not rows:
+        path.unlink(missing_ok=True)
         return
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

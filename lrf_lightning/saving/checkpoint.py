@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lrf_lightning import safe_files
 from lrf_lightning.copies.model_copy import copied_model
@@ -164,7 +165,8 @@ def _check_layers(model: nn.Module, record: Mapping[str, Any], file: str) -> Non
         if module is None or isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
             continue  # the projections of packed attention are no layers of their own
         weight = getattr(module, "weight", None)
-        own_shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        lazy = isinstance(weight, UninitializedParameter)
+        own_shape = tuple(weight.shape) if isinstance(weight, Tensor) and not lazy else None
         kind = layer["kind"] if isinstance(module, LowRankModule) else _kind(module)
         if (kind, own_shape) != (layer["kind"], shape):
             raise CheckpointError(
@@ -186,7 +188,7 @@ def _check_entries(model: nn.Module, state: Mapping[str, Any], file: str) -> Non
     wrong = [
         f"{name} is {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in own.items()
-        if isinstance(tensor, Tensor) and isinstance(state.get(name), Tensor) and state[name].shape != tensor.shape
+        if isinstance(tensor, Tensor) and isinstance(state.get(name), Tensor) and not _has_shape_of(tensor, state[name])
     ]
     problems = [
         f"{what}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''} ({len(names)} in all)"
@@ -201,9 +203,16 @@ def _check_entries(model: nn.Module, state: Mapping[str, Any], file: str) -> Non
         )
 
 
+def _has_shape_of(own: Tensor, stored: Tensor) -> bool:
+    """A lazy layer takes any shape."""
+    return isinstance(own, (UninitializedParameter, UninitializedBuffer)) or own.shape == stored.shape
+
+
 def _take_dtypes(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Cast in place, before loading, so that parameters that are shared stay shared."""
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+                continue
             if isinstance(tensor, Tensor) and isinstance(state[name], Tensor) and tensor.dtype != state[name].dtype:
                 tensor.data = tensor.data.to(state[name].dtype)

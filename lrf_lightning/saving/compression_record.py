@@ -75,7 +75,7 @@ def parse_record(text: str, source: str) -> dict[str, Any]:
     """
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} holds no readable description of a compressed model: {error}") from error
     return check_record(record, source)
 
@@ -98,11 +98,18 @@ def check_record(record: Any, source: str) -> dict[str, Any]:
             "Update lrf_lightning"
         )
     ranks = record.get("ranks")
-    if not isinstance(ranks, dict) or not all(isinstance(rank, int) and rank > 0 for rank in ranks.values()):
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
         raise CheckpointError(f"{source} is damaged: ranks={ranks!r} is no map from names to whole numbers above 0")
     if not isinstance(record.get("weights_hash"), str) or not isinstance(record.get("factorized"), dict):
         raise CheckpointError(f"{source} is damaged: its description lacks weights_hash or factorized")
+    for name, layer in record["factorized"].items():
+        if not isinstance(layer, dict) or not isinstance(layer.get("kind"), str) or not _is_shape(layer.get("shape")):
+            raise CheckpointError(f"{source} is damaged: it describes the factorized layer {name!r} as {layer!r:.80}")
     return record
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _factorized(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from lrf_lightning import random_state, safe_files
 from lrf_lightning.copies.model_copy import copied_model
@@ -22,6 +22,7 @@ from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.saving.lightning_checkpoint import LOAD_ERRORS
 from lrf_lightning.saving.module_versions import without_prefix
 from lrf_lightning.saving.structure_hook import follow_structure
+from lrf_lightning.saving.weights_file import is_compressed, unpack
 
 __all__ = ["Weights", "with_weights"]
 
@@ -49,17 +50,25 @@ def with_weights(model: nn.Module, weights: Weights) -> nn.Module:
     try:
         with random_state.preserved():  # layers draw weights when they are made
             follow_structure(new, own)
+        _add_other_names(new, own)
         new.load_state_dict(own)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{source} does not fit {type(model).__name__}: {error}") from error
     return new
 
 
+def _add_other_names(model: nn.Module, state: MutableMapping[str, Any]) -> None:
+    """Add the names that are missing of tensors that have several, of which transformers writes one."""
+    tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    known = {id(tensor): name for name, tensor in tensors.items() if name in state}
+    state.update({name: state[known[id(t)]] for name, t in tensors.items() if name not in state and id(t) in known})
+
+
 def _read(path: AnyPath, source: str) -> Mapping[str, Any]:
     content = safe_files.read_bytes(path)
     try:
         if content[8:9] == b"{":
-            return parse_tensors(content)
+            return unpack(content, source)[0] if is_compressed(content) else parse_tensors(content)
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (SafetensorError, *LOAD_ERRORS) as error:
         raise ValueError(

@@ -97,6 +97,12 @@ def unpack(content: bytes, source: str) -> tuple[OrderedDict[str, Any], dict[str
     return state, record
 
 
+def is_compressed(content: bytes) -> bool:
+    """Whether the content of a safetensors file is that of a compressed model, damaged or not."""
+    length = int.from_bytes(content[:8], "little")
+    return HEADER_KEY.encode() in content[8 : 8 + min(length, LARGEST_HEADER)]
+
+
 def read_header(content: bytes, source: str) -> dict[str, Any]:
     """The record in the header of a safetensors file; the tensors need not be there yet.
 
@@ -110,9 +116,9 @@ def read_header(content: bytes, source: str) -> dict[str, Any]:
         raise CheckpointError(f"{source} is truncated: its header has {length} bytes, the file {len(content)}")
     try:
         metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{source} is no safetensors file: {error}") from error
-    if HEADER_KEY not in metadata:
+    if not isinstance(metadata, dict) or HEADER_KEY not in metadata:
         raise CheckpointError(f"{source} was not written by lrf_lightning: its header has no entry {HEADER_KEY!r}")
     return parse_record(metadata[HEADER_KEY], source)
 

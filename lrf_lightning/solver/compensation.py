@@ -287,13 +287,16 @@ class _Fitting:
         """
         modules = dict(model.named_modules(remove_duplicate=False))
         gated = {name: modules[name] for name in names}
+        before = {name: vars(module).get("forward") for name, module in gated.items()}
         for name, module in gated.items():
             module.forward = self._gate(name, module.forward, target)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for module in gated.values():
+            for name, module in gated.items():
                 module.__dict__.pop("forward", None)
+                if before[name] is not None:
+                    module.__dict__["forward"] = before[name]
 
     def _gate(self, name: str, forward: Callable[..., Any], target: _Target | None) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -44,7 +44,7 @@ class SeededBatches:
             source: Iterator[Any] | None = None
             for index in map(self.processes.index, itertools.count()):
                 seed_all(self.seed + index)
-                source = source or self._source()
+                source = self._source() if source is None else source  # its truth may be its length
                 batch = next(source, _END)
                 if batch is _END:
                     return

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -243,8 +244,14 @@ def find_layers(
         The candidates and the layers left alone, in the order of ``model.named_modules()``.
 
     Raises:
-        ValueError: if a pattern matches no module at all.
+        ValueError: if a pattern matches no module at all, or a module is scripted, so that it cannot be observed.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{f'the module {name!r}' if name else 'the model'} is scripted by torch.jit, which does not let its "
+                "layers be observed; give the Python modules, and script what comes back"
+            )
     owners = weight_owners(model)
     sites = list(_sites(model, owners))
     choice = _Choice(include, exclude, types, exclude_types, predicate, frozen)

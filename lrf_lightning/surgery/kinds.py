@@ -52,6 +52,7 @@ ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
     for kind in LOW_RANK_OF
 }
 
+ATTENTION_ATTRIBUTES = frozenset(vars(nn.MultiheadAttention(1, 1, device="meta")))
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # of other libraries, with the forward of torch's linear layer in other words; by name, so that they are not imported
 LINEAR = frozenset(
@@ -61,8 +62,9 @@ LINEAR = frozenset(
         "transformers.models.falcon.modeling_falcon.FalconLinear",
     }
 )
-# what others leave on any layer: transformers and timm their marks, the solver a forward that observes
-MARKS = frozenset({"_is_hf_initialized", "_no_weight_decay", "_no_reinit", "forward"})
+# what others leave on any layer: transformers and timm their marks, the solver a forward that observes, torch what
+# layer.compile() has made
+MARKS = frozenset({"_is_hf_initialized", "_no_weight_decay", "_no_reinit", "forward", "_compiled_call_impl"})
 # what a subclass may define without being another layer: how it is made, and what Python writes into every class
 HARMLESS = frozenset(
     {"__init__", "reset_parameters", "extra_repr", "__repr__", "__constants__", "__doc__", "__module__", "__qualname__"}
@@ -118,8 +120,12 @@ def kind_objection(module: nn.Module) -> str | None:
     if is_quantized(module):
         return "is quantized"
     kind = low_rank_type(module)
-    if kind is None or (type(module) not in LOW_RANK_OF and "forward" in vars(module)):
+    if kind is None:
         return _unsupported(module)
+    if "forward" in vars(module):
+        return "has a forward of its own, which replaces that of its class"
+    if getattr(module, "bias", None) is not None and module._parameters.get("bias") is None:
+        return "its bias is no parameter (remove pruning first)"
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (remove weight norm, spectral norm or pruning first)"
     return weight_objection(module._parameters["weight"]) or kind.objection(module)
@@ -160,6 +166,8 @@ def attention_objection(attention: nn.MultiheadAttention, owners: dict[int, list
     if type(attention) is not nn.MultiheadAttention:
         return f"{type(attention).__name__} is not supported"
     out_proj = attention.out_proj
+    if reason := _instance_objection(attention):
+        return reason
     if parametrize.is_parametrized(attention) or parametrize.is_parametrized(out_proj):
         return "is parametrized"
     weights = [attention.in_proj_weight]
@@ -174,6 +182,16 @@ def attention_objection(attention: nn.MultiheadAttention, owners: dict[int, list
         if len(owners.get(id(parameter), ())) > 1:
             return "its parameters are shared with another module"
     return None
+
+
+def _instance_objection(attention: nn.MultiheadAttention) -> str | None:
+    """Whether somebody has put something on the instance that a split one would lack."""
+    out_proj = attention.out_proj
+    if "forward" in vars(attention) or "forward" in vars(out_proj):
+        return "has a forward of its own, which replaces that of its class"
+    own = (vars(attention).keys() | attention._buffers.keys()) - ATTENTION_ATTRIBUTES - MARKS
+    names = sorted(own or out_proj._buffers)
+    return f"has attributes of its own ({', '.join(names[:3])})" if names else None
 
 
 def is_quantized(module: nn.Module) -> bool:

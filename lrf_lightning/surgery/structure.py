@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from lrf_lightning.modules import LowRankModule, SplitAttention
+from lrf_lightning.surgery.extras import carry_extras
 from lrf_lightning.surgery.kinds import LOW_RANK_OF, attention_objection, kind_objection, low_rank_type, weight_owners
 from lrf_lightning.surgery.module_hooks import carry_hooks
+from lrf_lightning.surgery.references import refer_to
 from lrf_lightning.surgery.tied_keys import rename_tied_keys
 
 __all__ = ["factorized", "prepare", "replace_module", "restore_dense_structure", "set_structure", "settle"]
@@ -59,6 +61,9 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     if old is new:
         return
     twins = _twins(model, old) if isinstance(old, LowRankModule) or isinstance(new, LowRankModule) else []
+    bias = old._parameters.get("bias")
+    if bias is not None and new._parameters.get("bias") is not None and len(weight_owners(model)[id(bias)]) > 1:
+        new.register_parameter("bias", bias)  # other layers have it too
     _put(model, old, new)
     for twin in twins:
         _put(model, twin, _tied(twin, old, new))
@@ -205,12 +210,14 @@ def _set_nested_tensors(model: nn.Module) -> None:
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module wherever another one hangs, with the hooks of that."""
+    """Put a module wherever another one hangs, with the hooks of that and with what users have put on it."""
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[child_name] = new
     carry_hooks(old, new)
+    carry_extras(old, new)
+    refer_to(model, old, new)
 
 
 def _twins(model: nn.Module, old: nn.Module) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lrf_lightning.reports.cells import count
 from lrf_lightning.reports.tables import Row, write_csv
@@ -181,7 +182,7 @@ def _print(rows: Sequence[Row], console: Console) -> None:
     scored = console.width >= WIDE and any(row["score_change"] is not None for row in rows)
     table.add_column("job", justify="right", no_wrap=True)
     for name in settings:
-        table.add_column(short[name], justify="right", overflow="fold", min_width=6)
+        table.add_column(Text(short[name]), justify="right", overflow="fold", min_width=6)  # brackets are no markup
     headings = ["params", "kept %", "loss\nchange", "upper\nbound"]
     for heading in headings + (["score\nchange", "lower\nbound"] if scored else []):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -191,7 +192,7 @@ def _print(rows: Sequence[Row], console: Console) -> None:
         kept, params = row["params_model_kept"], row["params_model_after"]
         table.add_row(
             row["job"] + ("*" if row["pareto"] else " "),
-            *(_setting(row[name]) for name in settings),
+            *(Text(_setting(row[name])) for name in settings),
             "" if params is None else count(int(params), console.width >= WIDE),
             "" if kept is None else f"{100 * kept:.1f}",
             _signed(row["loss_change"]),

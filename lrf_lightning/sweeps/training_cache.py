@@ -100,6 +100,16 @@ def fit_once(
     return True
 
 
+class _Weights(Callback):
+    """Loads weights once the hooks that may build the model have run."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.load_state_dict(torch.load(self.file, map_location="cpu", weights_only=True))
+
+
 def source_files(names: Iterable[str]) -> list[Path]:
     """The Python files of the packages that classes and functions come from, but for installed ones.
 
@@ -150,11 +160,15 @@ def _best_callback(trainer: Trainer) -> Any:
 
 
 def _load(entry: Path, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule) -> None:
-    module.load_state_dict(torch.load(entry / WEIGHTS, map_location="cpu", weights_only=True))
     callback = _best_callback(trainer)
     if (entry / BEST).is_file() and callback is not None:
         callback.best_model_path = str(entry / BEST)
-    trainer.validate(module, datamodule=datamodule, verbose=False)  # tells the trainer its data
+    weights = _Weights(entry / WEIGHTS)
+    trainer.callbacks.insert(0, weights)  # type: ignore[attr-defined]
+    try:
+        trainer.validate(module, datamodule=datamodule, verbose=False)  # tells the trainer its data
+    finally:
+        trainer.callbacks.remove(weights)  # type: ignore[attr-defined]
     metrics = json.loads((entry / METRICS).read_text())
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
@@ -170,10 +184,18 @@ def _key(
     checkpoint = None if ckpt_path is None else Path(ckpt_path)
     if checkpoint is not None and not checkpoint.is_file():
         raise UnknownContentError(f"ckpt_path={str(checkpoint)!r} is no file whose content could be told")
-    with random_state.preserved():
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        data = _data_content(datamodule.train_dataloader())
+    before, datamodule.trainer = datamodule.trainer, trainer  # as in a fit
+    try:
+        with random_state.preserved():
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+            data = _data_content(datamodule.train_dataloader())
+    except UnknownContentError:
+        raise
+    except Exception as error:  # the user's own code; the fit will say it again, or bear it
+        raise UnknownContentError(f"the training data cannot be looked at ({type(error).__name__}: {error})") from error
+    finally:
+        datamodule.trainer = before
     return fingerprint(
         [platform.python_version(), str(torch.__version__), lightning.__version__],
         trainer.strategy.root_device.type,

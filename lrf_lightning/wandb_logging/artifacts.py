@@ -28,6 +28,7 @@ from lrf_lightning.solver.solution import Solution
 
 __all__ = ["aliases", "dense_checkpoint", "log_artifacts", "settings_text", "texts"]
 
+TIMES = ("seconds/", "latency_dense/", "latency_compressed/", "throughput_")  # the run's summary has them
 ARTIFACT_FILES = ("model.safetensors", "compression.json", "compressed.ckpt")
 BEST = f"{PREFIX}best_params_model"
 
@@ -103,17 +104,25 @@ def dense_checkpoint(trainer: Trainer, weights: str) -> Path | None:
     elif weights == "best":
         found = [best_checkpoint_path(trainer)]
     else:
-        callbacks = trainer.checkpoint_callbacks
+        # one that saves every few epochs has older weights
+        callbacks = [c for c in trainer.checkpoint_callbacks if _saved_last(c) in (None, trainer.global_step)]
         found = [getattr(callback, "last_model_path", None) for callback in callbacks]
         # without a metric to watch, the best file is the latest one
         found += [getattr(c, "best_model_path", None) for c in callbacks if getattr(c, "monitor", "") is None]
     return next((Path(path) for path in found if path and Path(path).is_file()), None)
 
 
+def _saved_last(callback: Any) -> int | None:
+    """The step of a checkpoint callback's latest file, None if it does not say."""
+    step = getattr(callback, "_last_global_step_saved", None)
+    return step if isinstance(step, int) else None
+
+
 def _metadata(result: Solution, figures: Mapping[str, float]) -> dict[str, Any]:
-    """Flat, because W&B takes 100 keys at most; the map of ranks is one of them."""
+    """Flat, without the times of stages and calls, because W&B takes 100 keys; the map of ranks is one of them."""
+    named = {name.removeprefix(PREFIX): value for name, value in figures.items()}
     return {
-        **{name.removeprefix(PREFIX): value for name, value in figures.items()},
+        **{name: value for name, value in named.items() if not name.startswith(TIMES)},
         **{name.removeprefix(PREFIX): text for name, text in texts(result).items()},
         "ranks": json.dumps(result.ranks),
         "settings": settings_text(result),

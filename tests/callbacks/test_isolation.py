@@ -5,13 +5,16 @@ import threading
 import lightning.pytorch as pl
 import pytest
 import torch
+import wandb
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.compile import from_compiled
 from small_modules import CLASSES, QUICK, Classifier, loader, network, trainer
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lrf_lightning import LowRankCompression, restore_dense
-from lrf_lightning.callbacks.isolation import UncompiledModule, detached_copy, undisturbed
+from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
+from lrf_lightning.copies.uncompiled import UncompiledModule
 
 
 def fitted(module=None, **options):
@@ -93,6 +96,17 @@ class TestDetachedCopy:
         assert "forward" not in new.__dict__
         assert new.validation_step.__self__ is new
         torch.testing.assert_close(new.state_dict(), module.state_dict(), rtol=0, atol=0)
+
+    def test_what_wandb_watches_is_the_original(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        sink, module = WandbLogger(save_dir=tmp_path, offline=True), Classifier()
+        sink.watch(module, log="all", log_freq=1, log_graph=False)
+        hooks = [hook for child in module.modules() for hook in child._forward_hooks.values()]
+        assert hooks
+        module.net[0].register_forward_hook(lambda *_: None)
+        copies = [hook for child in detached_copy(module).modules() for hook in child._forward_hooks.values()]
+        assert len(copies) == 1, "the user's own"
+        wandb.finish()
 
 
 class OwnCopy(nn.Linear):

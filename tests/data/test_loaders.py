@@ -102,6 +102,28 @@ class TestSplit:
         assert sorted(itertools.chain(*found)) == list(range(12))
         assert all(len(part) % 3 == 0 for part in found)
 
+    def test_a_loader_that_changes_its_batches_is_run_as_it_is(self):
+        class Halves(DataLoader):
+            def __iter__(self):
+                for batch in super().__iter__():
+                    yield [batch[0] / 2]
+
+        run, module = fitted(Halves(TensorDataset(torch.arange(40)), batch_size=2))
+        found = parts(resolve_loaders(run, module))
+        assert sorted(itertools.chain(*found)) == [number / 2 for number in range(40)]
+
+    def test_batches_of_a_batch_sampler_stay_whole(self):
+        """Such as pairs, or samples of equal length."""
+        pairs = [[2 * i, 2 * i + 1] for i in range(12)]
+        run, module = fitted(DataLoader(TensorDataset(torch.arange(24)), batch_sampler=pairs))
+        found = resolve_loaders(run, module)
+        batches = [tuple(batch[0].tolist()) for role in ROLES for batch in getattr(found, role)]
+        assert sorted(batches) == [tuple(pair) for pair in pairs]
+        assert all(len(list(getattr(found, role))) > 2 for role in ROLES)
+        few = fitted(DataLoader(TensorDataset(torch.arange(24)), batch_sampler=pairs[:2]))
+        with pytest.raises(ValueError, match="has 2 batches, which its batch sampler has put together, too few"):
+            resolve_loaders(*few)
+
     def test_first_of_several_loaders(self):
         loaders = resolve_loaders(*fitted([numbers(12), numbers(12, first=100)]))
         assert sorted(itertools.chain(*parts(loaders))) == list(range(12))

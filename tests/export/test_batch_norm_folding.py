@@ -199,3 +199,28 @@ def test_training_mode_is_refused(part):
     block.get_submodule(part).training = True
     with pytest.raises(ValueError, match=r"(norm|the model) is in training mode.*call model.eval\(\) first"):
         fold_batch_norms(block, torch.randn(2, 4, 5, 5))
+
+
+def test_what_a_model_keeps_of_a_call_is_no_stand_in():
+    class Caches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm, self.first, self.all = nn.Linear(6, 8), nn.BatchNorm1d(8), None, []
+
+        def forward(self, x):
+            x = self.norm(self.layer(x))
+            if self.first is None:
+                self.first = x.detach()[:1] * 0 + 1
+            self.all.append(x)
+            return x * self.first
+
+    folded = check(trained(Caches()), torch.randn(2, 6))
+    assert isinstance(folded.first, torch.Tensor)
+    assert all(isinstance(value, torch.Tensor) for value in folded.all)
+
+
+def test_forwards_of_their_own_are_not_folded_away():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model[0].forward = lambda x: torch.nn.functional.linear(x, model[0].weight).relu()
+    model[3].forward = lambda x: x + 1
+    check(trained(model), torch.randn(2, 6), left=["1", "3"])

@@ -309,6 +309,10 @@ class TestRefusals:
             ({"ranks": None}, "ranks=None is no map"),
             ({"weights_hash": None}, "lacks weights_hash or factorized"),
             ({"factorized": 3}, "lacks weights_hash or factorized"),
+            ({"ranks": {"conv": True}}, "ranks=.* is no map from names to whole numbers"),
+            ({"factorized": {"conv": [1]}}, "describes the factorized layer 'conv' as"),
+            ({"factorized": {"conv": {"kind": "Linear"}}}, "describes the factorized layer 'conv' as"),
+            ({"factorized": {"conv": {"kind": "Linear", "shape": 3}}}, "describes the factorized layer 'conv' as"),
             ({"aliases": {"x": "nothing"}}, "aliases or extra state refer to 'nothing'"),
             ({"extra_state": {"x": {"tensor": "nothing"}}}, "aliases or extra state refer to 'nothing'"),
         ],
@@ -316,6 +320,13 @@ class TestRefusals:
     def test_damaged_description(self, saved, changes, match):
         rewrite(saved[1] / "model.safetensors", **changes)
         self.check(saved[1], match)
+
+    @pytest.mark.parametrize("header", ["[" * 100_000, '{"__metadata__": null}', '{"__metadata__": "x"}'])
+    def test_hostile_header(self, tmp_path, header):
+        header = '{"a":' + header if header[0] == "[" else header
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+        self.check(tmp_path, "is no safetensors file|was not written by lrf_lightning")
 
     def test_changed_weights(self, saved):
         file = saved[1] / "model.safetensors"

@@ -1,3 +1,4 @@
+import copy
 import pickle
 
 import fsspec
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 from small_modules import FEATURES, Classifier, loader, network, trainer
 from torch import nn
 
+from lrf_lightning import compress
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.saving.given_weights import with_weights
 
@@ -105,3 +107,31 @@ class TestRefused:
         points = torch.randn(2, FEATURES)
         chosen = {name.removeprefix("ema."): value for name, value in state.items() if name.startswith("ema.")}
         assert torch.equal(with_weights(network(), chosen)(points), with_weights(network(), chosen)(points))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_a_tensor_with_several_names_may_be_written_under_one(tmp_path):
+    trained = drawn(Tied())
+    save_file({"embedding.weight": trained.embedding.weight.detach()}, tmp_path / "model.safetensors")
+    found = with_weights(Tied(), tmp_path / "model.safetensors")
+    same(found, trained)
+    assert found.head.weight is found.embedding.weight
+
+
+def test_files_of_compressed_models_with_shared_factors(tmp_path):
+    shared = nn.Linear(12, 12)
+    model = nn.Sequential(shared, nn.Tanh(), nn.Linear(12, 12))
+    model[2].weight = shared.weight
+    data = [[(torch.randn(20, 12),)] for _ in range(3)]
+    options = {"objective": "budget", "keep": 0.5, "speed": "none"}
+    result = compress(model, lambda model, batch: model(batch[0]).square().mean(1), *data, **options)
+    result.save(tmp_path)
+    found = with_weights(copy.deepcopy(model), tmp_path / "model.safetensors")
+    same(found, result.model)
+    assert found[2].left_factor is found[0].left_factor

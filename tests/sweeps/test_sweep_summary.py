@@ -83,6 +83,14 @@ def test_the_table_fits_and_names_are_short(sweep, width):
     assert "callbacks" not in text
 
 
+def test_brackets_in_settings_are_no_markup(tmp_path):
+    for number, value in enumerate(("[encoder.*]", "[/data/a]")):
+        write_job(tmp_path / f"{number}", [f"callbacks.compress.include={value}"], sized(0.5))
+    text = printed(tmp_path, 120)
+    assert "[encoder.*]" in text
+    assert "[/data/a]" in text
+
+
 def test_files(sweep):
     printed(sweep, 100)
     with (sweep / "sweep.csv").open(newline="") as file:

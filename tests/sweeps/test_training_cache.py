@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_modules import QUICK, Classifier, clouds, loader, trainer
+from small_modules import CLASSES, FEATURES, QUICK, Classifier, clouds, loader, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lrf_lightning import LowRankCompression
@@ -145,3 +145,41 @@ def test_sources_are_those_of_the_project(project):
     found = source_files(["recipes.digits.Digits", "lightning.Trainer", "torch.optim.Adam"])
     assert project / "recipes" / "digits.py" in found
     assert {path.parent.name for path in found} == {"recipes"}
+
+
+class Late(Classifier):
+    """Builds its network when it is configured, with data that knows the trainer."""
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = torch.nn.Linear(FEATURES, CLASSES)
+
+
+class Knowing(Clouds):
+    def setup(self, stage):
+        assert self.trainer.world_size == 1
+
+
+class Unfriendly(Clouds):
+    def train_dataloader(self):
+        assert self.trainer.state.fn == "fit", "only in a fit"
+        return super().train_dataloader()
+
+
+def late_job(folder, data):
+    pl.seed_everything(0, verbose=False)
+    module, run = Late(), trainer(default_root_dir=str(folder.parent))
+    module.net = None
+    return fit_once(run, module, data, folder=folder, settings={}), module
+
+
+def test_models_that_are_built_late_share_trainings(tmp_path):
+    (first, module), (second, loaded) = (late_job(tmp_path / "cache", Knowing()) for _ in range(2))
+    assert (first, second) == (False, True)
+    torch.testing.assert_close(loaded.state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+def test_data_that_cannot_be_looked_at_is_trained_on_anew(tmp_path, caplog):
+    for _ in range(2):
+        assert not late_job(tmp_path / "cache", Unfriendly())[0]
+    assert "the training data cannot be looked at (AssertionError: only in a fit)" in caplog.text

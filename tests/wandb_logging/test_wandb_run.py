@@ -201,15 +201,25 @@ def checkpointed(tmp_path):
 
 def test_the_dense_checkpoint_is_the_file_with_the_weights_that_were_compressed(checkpointed, bare_trainer, tmp_path):
     assert dense_checkpoint(bare_trainer, "last") is None
-    watched = checkpointed(monitor="train/loss", mode="max", save_last=True)
+    watched = checkpointed(monitor="train/loss", mode="min", save_last=True)
     assert dense_checkpoint(watched, "last").name == "last.ckpt"
+    assert dense_checkpoint(watched, "best").name == "epoch=1.ckpt"
+    watched = checkpointed(monitor="train/loss", mode="max", save_last=True)
     assert dense_checkpoint(watched, "best").name == "epoch=0.ckpt"
+    # Lightning before 2.6 writes the last weights although they are not the best, later versions leave the older file
+    last = dense_checkpoint(watched, "last")
+    assert last is None or torch.load(last, weights_only=False)["global_step"] == watched.global_step
     periodic = ModelCheckpoint(tmp_path / "periodic", filename="{epoch}")
     several = checkpointed(periodic, monitor="train/loss", mode="max")
     assert dense_checkpoint(several, "best").parent.name == "checkpoints", "the first one watches nothing"
     without = checkpointed(monitor="train/loss", mode="max")
     assert dense_checkpoint(without, "last") is None, "the best weights are others"
     assert dense_checkpoint(checkpointed(), "last").name.startswith("epoch=1")
+    assert dense_checkpoint(checkpointed(every_n_epochs=3), "last") is None, "none was written"
+    saving = ModelCheckpoint(tmp_path / "early", every_n_epochs=2)
+    early = small_trainer(max_epochs=3, callbacks=[saving], enable_checkpointing=True)
+    early.fit(Classifier(), loader(), loader(seed=1))
+    assert dense_checkpoint(early, "last") is None, "that of the second epoch is older"
 
 
 def test_the_dense_checkpoint_of_a_model_that_was_only_loaded(checkpointed, tmp_path):
