@@ -103,3 +103,10 @@ def test_no_rows_write_no_file(tmp_path):
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(OSError, match="none"):
         write_csv(tmp_path / "none" / "a.csv", [{"a": 1}])
+
+
+def test_rows_of_an_earlier_result_do_not_stay(tmp_path):
+    write_csv(tmp_path / "speed.csv", [{"a": 1}])
+    write_csv(tmp_path / "speed.csv", [])
+    assert not (tmp_path / "speed.csv").exists()
+    write_csv(tmp_path / "speed.csv", [])

@@ -182,4 +182,4 @@ def test_models_that_are_built_late_share_trainings(tmp_path):
 def test_data_that_cannot_be_looked_at_is_trained_on_anew(tmp_path, caplog):
     for _ in range(2):
         assert not late_job(tmp_path / "cache", Unfriendly())[0]
-    assert "the training data cannot be looked at (AssertionError: only in a fit)" in caplog.text
+    assert "the training data cannot be looked at (AssertionError: only in a fit" in caplog.text

@@ -17,7 +17,7 @@ from wandb_records import items, records
 from lrf_lightning.reports.summary import summary
 from lrf_lightning.reports.tables import change_rows, frontier_rows, layer_rows, probe_rows
 from lrf_lightning.reports.verdict import verdict_sentence
-from lrf_lightning.wandb_logging.artifacts import aliases, dense_checkpoint
+from lrf_lightning.wandb_logging.artifacts import _metadata, aliases, dense_checkpoint
 from lrf_lightning.wandb_logging.run import Media, log_to_wandb
 
 
@@ -252,3 +252,14 @@ def test_the_artifact_names_the_dense_checkpoint_and_the_smallest_model_is_best(
     metadata = json.loads(first.metadata)
     assert (metadata["dense_artifact"], metadata["dense_digest"]) == (dense.name, dense.digest)
     assert metadata["dense_checkpoint"].endswith("last.ckpt")
+
+
+def test_the_metadata_of_the_artifact_has_fewer_keys_than_wandb_takes():
+    result = frontier_result()
+    calls = [f"{runtime}_batch_{size}" for runtime in ("eager", "compile") for size in ("1", "large")]
+    times = {f"compress/{kind}/{call}": 1.0 for call in calls for kind in ("latency_dense", "throughput_compressed")}
+    stages = {f"compress/seconds/{index}": 1.0 for index in range(30)}
+    found = _metadata(result, summary(result) | times | stages)
+    assert "params_model_after" in found
+    assert not any(name.startswith(("seconds", "latency_dense", "throughput")) for name in found)
+    assert len(found) < 80
