@@ -28,6 +28,7 @@ from lrf_lightning.callbacks import checks
 from lrf_lightning.callbacks.attempts import Attempts
 from lrf_lightning.callbacks.best_weights import load_best_weights
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
+from lrf_lightning.callbacks.leftovers import POINTS, remove_leftovers
 from lrf_lightning.callbacks.tracking import log_solution
 from lrf_lightning.copies.model_copy import copied_model
 from lrf_lightning.copies.unsharded import whole_weights
@@ -416,9 +417,10 @@ class LowRankCompression(Callback):
         if trainer.is_global_zero:
             attempts.run("print the report", lambda: print_report(result))
         if self.save and trainer.is_global_zero:
+            attempts.run("remove the files of an earlier result", lambda: remove_leftovers(directory))
             attempts.run("write the compressed model", lambda: save_compressed(result, directory))
             if self.save_points and result.point_models is not None:
-                attempts.run("write the models of all budgets", lambda: _save_points(result, directory / "points"))
+                attempts.run("write the models of all budgets", lambda: _save_points(result, directory / POINTS))
         if self.save:
             attempts.run(
                 "write the Lightning checkpoint",

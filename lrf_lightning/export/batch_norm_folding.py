@@ -153,6 +153,10 @@ def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
         shared = any(len(owners[id(parameter)]) > 1 for parameter in module.parameters(recurse=False))
         return calls[name] == 1 and places[id(module)] == 1 and not shared and name not in read and not _watched(module)
 
+    def seen_between(layer_name: str, norm_name: str) -> bool:
+        """Whether someone's hook on a module around one of both sees what passes from the one to the other."""
+        return any(_watched(model.get_submodule(name)) for name in _around(layer_name) ^ _around(norm_name))
+
     found = []
     for node in graph.nodes:
         before = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
@@ -160,7 +164,8 @@ def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
             continue
         layer_name, norm_name = str(before.target), str(node.target)
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
-        if _fit(layer, norm) and only_called(layer_name, layer) and only_called(norm_name, norm):
+        apart = only_called(layer_name, layer) and only_called(norm_name, norm)
+        if _fit(layer, norm) and apart and not seen_between(layer_name, norm_name):
             found.append((layer_name, norm_name))
     return found
 
@@ -178,6 +183,12 @@ def _fit(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     channels = layer.out_features if hasattr(layer, "out_features") else layer.out_channels
     return bool(channels == norm.num_features)
+
+
+def _around(name: str) -> set[str]:
+    """Names of the modules that hold a module."""
+    parts = name.split(".")
+    return {".".join(parts[:count]) for count in range(1, len(parts))}
 
 
 def _watched(module: nn.Module) -> bool:

@@ -224,3 +224,14 @@ def test_forwards_of_their_own_are_not_folded_away():
     model[0].forward = lambda x: torch.nn.functional.linear(x, model[0].weight).relu()
     model[3].forward = lambda x: x + 1
     check(trained(model), torch.randn(2, 6), left=["1", "3"])
+
+
+@pytest.mark.parametrize("watched", ["0", "1"])
+def test_hooks_around_the_layer_or_the_norm_alone(watched):
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 8)), nn.Sequential(nn.BatchNorm1d(8)))
+    assert norms(fold_batch_norms(trained(model), torch.randn(2, 6))) == []
+    model.get_submodule(watched).register_forward_hook(lambda *_: None)
+    check(model, torch.randn(2, 6), left=["1.0"])
+    around = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)))
+    around[0].register_forward_hook(lambda *_: None)
+    check(trained(around), torch.randn(2, 6))
