@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from rich.console import Console
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -32,7 +33,7 @@ from lrf_lightning.solver.solution import Solution
 
 __all__ = ["print_report"]
 
-WIDE = 100
+NARROWEST, WIDE = 78, 100
 # more rows than fit a few screens are read from layers.csv
 MOST_LAYERS, MOST_NAMES = 80, 4
 
@@ -52,18 +53,18 @@ def print_report(result: Solution, *, console: Console | None = None) -> None:
     console.rule(f"Low-rank compression: objective={settings.objective}, metric={settings.metric}", characters="-")
     budgets = any(point.certificate is not None for point in result.frontier)
     if not budgets and any(layer.curve is not None for layer in result.layers):
-        console.print(_layers_table(result, wide=console.width >= WIDE))
+        _show(console, _layers_table(result, wide=console.width >= WIDE))
     for line in _left_alone(result):
         _say(console, line)
     if budgets:
-        console.print(budgets_table(result, wide=console.width >= WIDE))
+        _show(console, budgets_table(result, wide=console.width >= WIDE))
         for line in budget_notes(result):
             _say(console, line)
     elif result.frontier:
-        console.print(_frontier_table(result, wide=console.width >= WIDE))
+        _show(console, _frontier_table(result, wide=console.width >= WIDE))
         _say(console, _frontier_note(result))
     if result.speed is not None:
-        console.print(speed_table(result, wide=console.width >= WIDE))
+        _show(console, speed_table(result, wide=console.width >= WIDE))
         for line in speed_notes(result):
             _say(console, line)
     console.print()
@@ -72,6 +73,12 @@ def print_report(result: Solution, *, console: Console | None = None) -> None:
     for line in (_choice(result), scaled, _time(result)):
         _say(console, line)
     console.print()
+
+
+def _show(console: Console, table: Table) -> None:
+    """Lines that are longer than a narrow terminal go on in the next one: figures that are cut would mislead."""
+    options = console.options.update(width=max(console.width, NARROWEST))
+    console.print(Segments(console.render(table, options)), crop=False, end="")
 
 
 def _say(console: Console, line: str, style: str = "") -> None:

@@ -38,6 +38,15 @@ def test_lines_fit_and_nothing_is_cut(result, width):
     assert all(layer.name in first_column for layer in result.layers if layer.curve is not None)
 
 
+@pytest.mark.parametrize("result", [frontier_result, budgets_result])
+def test_tables_are_not_cut_on_a_narrow_terminal(result):
+    narrow, usual = report(result(), 50), report(result(), 78)
+    assert "\u2026" not in narrow.split("\n", 2)[2], "but in the heading"
+    rows = [line.split() for line in usual.splitlines() if line.lstrip().startswith(">")]
+    assert rows
+    assert all(row in [line.split() for line in narrow.splitlines()] for row in rows)
+
+
 def test_the_layers_table_holds_the_figures_of_every_layer():
     result = tiny_result()
     lines = report(result).splitlines()
