@@ -68,8 +68,9 @@ def _reasons(result: Solution, speed: Speed, slow: list[Timing]) -> list[str]:
         shown = ", ".join(f"{layer.name} x{layer.ratio:.1f}" for layer in speed.slower_layers[:MOST_NAMES])
         costliest = "costliest " if speed.timed_layers < len(result.ranks) else ""
         number = len(speed.slower_layers)
+        take = "takes" if number == 1 else "take"
         reasons.append(
-            f"{number} of the {speed.timed_layers} {costliest}factorized layers take{'s' * (number == 1)} longer than the "
+            f"{number} of the {speed.timed_layers} {costliest}factorized layers {take} longer than the "
             f"dense ones (time {shown}){_few_ranks(speed.slower_layers)}; use cost=latency"
         )
     kept = _operations_kept(result, speed)

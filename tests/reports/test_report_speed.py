@@ -46,13 +46,13 @@ def test_a_faster_model_needs_no_reason():
         (
             [timing(64, 0.8)],
             {"slower_layers": [SlowerLayer("net.1", 4, 1.6)], "timed_layers": 2},
-            "Not measurably faster at batch 64: 1 of the 2 factorized layers take longer than the dense ones (time "
+            "Not measurably faster at batch 64: 1 of the 2 factorized layers takes longer than the dense ones (time "
             "net.1 x1.6), their median rank of 4 being too small to fill vector units; use cost=latency.",
         ),
         (
             [timing(64, 0.8)],
             {"slower_layers": [SlowerLayer("net.1", 4, 1.6)], "timed_layers": 1},
-            "1 of the 1 costliest factorized layers take longer",
+            "1 of the 1 costliest factorized layers takes longer",
         ),
         ([timing(64, 0.9)], {"flops": (1000.0, 950.0)}, "95 % of the operations remain, since the costly layers"),
         ([timing(64, 1.5), timing(1, 0.9)], {}, "faster at batch 1: a single sample leaves little work per call"),
