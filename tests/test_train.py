@@ -77,6 +77,20 @@ def test_trains_compresses_tests_and_reloads(composed, tmp_path, capsys):
     assert objects["trainer"].global_step == 0
 
 
+def test_no_test_batches_and_a_quick_run_of_the_best_weights_end_well(composed):
+    metrics, objects = application.train(composed(*TINY, "+trainer.limit_test_batches=0"))
+    assert objects["result"].ranks
+    assert not any("test" in name.split("/") for name in metrics)
+    quick = ["trainer.fast_dev_run=true", "callbacks.compress.weights=best"]
+    metrics, _ = application.train(composed(*TINY, *(f"++{override}" for override in quick)))
+    assert "test/loss" in metrics
+
+
+def test_figures_of_all_test_loaders_are_reported():
+    found = [{"test/loss/dataloader_idx_0": 1.0}, {"test/loss/dataloader_idx_1": 2.0}]
+    assert application._of_all_loaders(found) == found[0] | found[1]
+
+
 def test_the_small_recipe_uses_one_thread_and_the_next_job_as_many_as_before(composed, monkeypatch):
     before, used = torch.get_num_threads(), []
 

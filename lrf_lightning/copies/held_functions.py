@@ -30,8 +30,6 @@ def rebind(new: nn.Module, memo: Memo) -> None:
             if "_hooks" in name and isinstance(value, dict):
                 for key, hook in value.items():
                     value[key] = _bound(hook, memo)
-            elif isinstance(value, (types.FunctionType, functools.partial)):
-                module.__dict__[name] = _bound(value, memo)
             else:
                 module.__dict__[name] = rebound(value, memo)
 

@@ -83,9 +83,10 @@ def paired_interval(
 ) -> Interval:
     """The interval that fits the scores of two models: Tango's for -1, 0 and 1 with equal weights, else the mean's.
 
-    Where nothing changed at all it is Tango's for all samples behind the pairs.
+    Where nothing changed in several pairs it is Tango's for all samples behind them.
     """
-    if not bool(differences.any()):  # by batch too: a width of 0 would claim that no sample can ever change
+    if len(differences) > 1 and not bool(differences.any()):
+        # by batch too: a width of 0 would claim that no sample can ever change; in one batch gains may cancel losses
         return tango_interval(0, 0, int(weights.sum()), confidence)
     ternary = bool(((differences == 0) | (differences.abs() == 1)).all()) and bool((weights == 1).all())
     if ternary:

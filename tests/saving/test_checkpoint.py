@@ -568,3 +568,16 @@ class TestRestoreDense:
         x = torch.randn(3, 5)
         expected = functional.linear(x, layer.left_factor @ layer.right_factor, layer.bias)
         torch.testing.assert_close(dense(x), expected)
+
+
+def test_a_dense_model_may_have_lazy_layers_that_stay_dense(tmp_path):
+    def model(last):
+        return nn.Sequential(nn.Linear(12, 12), nn.ReLU(), last)
+
+    data = [[(torch.randn(20, 12),)] for _ in range(3)]
+    options = {"objective": "budget", "keep": 0.5, "speed": "none", "include": ["0"]}
+    trained = model(nn.Linear(12, 4))
+    result = lrf_lightning.compress(trained, lambda net, batch: net(batch[0]).square().mean(1), *data, **options)
+    result.save(tmp_path)
+    loaded = load_compressed(model(nn.LazyLinear(4)), tmp_path)
+    torch.testing.assert_close(loaded(data[0][0][0]), result.model(data[0][0][0]))

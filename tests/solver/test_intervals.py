@@ -162,6 +162,8 @@ def test_tango_keeps_a_width_without_any_change():
     # nor where scores are known by batch only
     by_batch = paired_interval(torch.zeros(3, dtype=torch.float64), torch.tensor([128.0, 128.0, 44.0]), 0.95)
     assert (by_batch.lower, by_batch.upper) == (interval.lower, interval.upper)
+    single = paired_interval(torch.zeros(1, dtype=torch.float64), torch.tensor([300.0]), 0.95)
+    assert (single.lower, single.upper) == (-math.inf, math.inf), "gains may have cancelled losses"
 
 
 @pytest.mark.parametrize("confidence", [0.6, 0.8, 0.95, 0.99])
