@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from benchmarks.nets import NETS
 from benchmarks.results import write_section
 from lrf_lightning import StepOutput, compress
-from lrf_lightning.solver.factorization import factorize
+from lrf_lightning.solver.factors.factorization import factorize
 
 FOLDER = Path(__file__).parent
 WIDTH, SAMPLES, BATCH = 128, 1000, 250

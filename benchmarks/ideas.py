@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,14 @@ from benchmarks.results import append_row, read_rows, write_section
 from benchmarks.training import trained
 from lrf_lightning import Settings, restore_dense
 from lrf_lightning.modules import LowRankModule
-from lrf_lightning.solver.conv_orders import best_factors, layer_factors
-from lrf_lightning.solver.evaluation import Outcome, evaluate
-from lrf_lightning.solver.factorization import damped
-from lrf_lightning.solver.frontier import Frontier
+from lrf_lightning.solver.factors import compressed_copies
+from lrf_lightning.solver.factors.conv_orders import best_factors, layer_factors
+from lrf_lightning.solver.factors.factorization import damped
 from lrf_lightning.solver.joint import calibrated
-from lrf_lightning.solver.layer_statistics import LayerStatistics
-from lrf_lightning.solver.statistics import collect_statistics
+from lrf_lightning.solver.layers.layer_statistics import LayerStatistics
+from lrf_lightning.solver.layers.statistics import collect_statistics
+from lrf_lightning.solver.points.frontier import Frontier
+from lrf_lightning.solver.running.evaluation import Outcome, evaluate
 from lrf_lightning.surgery import factorized, replace_module
 
 FOLDER = Path(__file__).parent
@@ -242,12 +244,8 @@ def _compressed(seed: int, path: Path) -> Iterator[tuple[str, float, nn.Module, 
 
 
 def _fitted_on(trial: Trial, data: Batches) -> nn.Module:
-    work = trial.frontier.work
-    work.compensation_batches = lambda: data  # type: ignore[method-assign]
-    try:
+    with patch.object(compressed_copies, "compensation_batches", lambda work: data):
         return trial.build()
-    finally:
-        del work.__dict__["compensation_batches"]
 
 
 def _natural(layer: LayerStatistics, gradient: Tensor, damping: float = 1e-2) -> Tensor:

@@ -24,11 +24,12 @@ from benchmarks.quality import KEPT, loss
 from benchmarks.results import write_section
 from benchmarks.training import trained
 from lrf_lightning import Settings
-from lrf_lightning.solver.evaluation import Outcome, evaluate
-from lrf_lightning.solver.factorization import Factors
-from lrf_lightning.solver.frontier import Frontier
+from lrf_lightning.solver.factors.decomposition import stand_in
+from lrf_lightning.solver.factors.factorization import Factors
 from lrf_lightning.solver.joint import calibrated
-from lrf_lightning.solver.layer_statistics import LayerStatistics
+from lrf_lightning.solver.layers.layer_statistics import LayerStatistics
+from lrf_lightning.solver.points.frontier import Frontier
+from lrf_lightning.solver.running.evaluation import Outcome, evaluate
 from lrf_lightning.solver.workspace import Workspace
 from lrf_lightning.surgery import replace_module
 
@@ -99,7 +100,7 @@ def _layer(
     curve = work.curves[name]
     count = len(curve.change)
     for rank in sorted({max(1, round(share * count)) for share in SHARES}):
-        replace_module(work.model, name, work.stand_in(layer, factors, rank))
+        replace_module(work.model, name, stand_in(work, layer, factors, rank))
         actual, error = _change(work.model, dense, test)
         replace_module(work.model, name, module)
         raw = float(curve.prediction.change(work.settings.first_order_errors)[rank - 1])

@@ -33,10 +33,10 @@ from benchmarks.nets import NETS
 from benchmarks.results import append_row, read_rows, write_section
 from benchmarks.training import SCHEDULES, trained
 from lrf_lightning import Settings, StepOutput
-from lrf_lightning.solver.certificate import certify
-from lrf_lightning.solver.evaluation import Outcome, evaluate
-from lrf_lightning.solver.frontier import Frontier
 from lrf_lightning.solver.joint import calibrated, solve
+from lrf_lightning.solver.points.frontier import Frontier
+from lrf_lightning.solver.running.evaluation import Outcome, evaluate
+from lrf_lightning.solver.verdict.certificate import certify
 
 FOLDER = Path(__file__).parent
 KEPT = (0.7, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)

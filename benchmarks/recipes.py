@@ -35,7 +35,7 @@ from benchmarks.results import append_row, read_rows
 from lrf_lightning import CompressionResult
 from lrf_lightning.fingerprint import fingerprint
 from lrf_lightning.reports.summary import PREFIX, summary
-from lrf_lightning.solver.latency import device_name
+from lrf_lightning.solver.layers.latency import device_name
 
 FOLDER = Path(__file__).parent
 CONF = FOLDER.parent / "conf"

@@ -26,8 +26,8 @@ from benchmarks.cost import Chain, loss, moment, tokens
 from benchmarks.results import write_section
 from lrf_lightning import compress
 from lrf_lightning.distributed import assigned
-from lrf_lightning.solver.conv_orders import decomposed, order_cost
-from lrf_lightning.solver.moments import Moment
+from lrf_lightning.solver.factors.conv_orders import decomposed, order_cost
+from lrf_lightning.solver.layers.moments import Moment
 from lrf_lightning.surgery import Candidate
 
 FOLDER = Path(__file__).parent

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks.results import write_section
 from benchmarks.speed_nets import NETS, Network
-from lrf_lightning.solver.latency import device_name
-from lrf_lightning.solver.speed import median_interval
+from lrf_lightning.solver.layers.latency import device_name
+from lrf_lightning.solver.speed.comparison import median_interval
 from lrf_lightning.surgery import Candidate, ConvOrder, find_layers, replace_module
 from lrf_lightning.surgery.kinds import low_rank_type
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lrf_lightning.export.files import ExportError, export_onnx, export_program
     from lrf_lightning.saving.checkpoint import CheckpointError, load_compressed, read_metadata, restore_dense
     from lrf_lightning.saving.structure_hook import LowRankCheckpointMixin
-    from lrf_lightning.solver.evaluation import StepOutput
-    from lrf_lightning.solver.loss_terms import LossTerms
+    from lrf_lightning.solver.running.evaluation import StepOutput
+    from lrf_lightning.solver.running.loss_terms import LossTerms
     from lrf_lightning.solver.settings import Settings
 
 __version__ = "0.1.0"
@@ -45,12 +45,12 @@ _HOMES = {
     "CheckpointError": "lrf_lightning.saving.checkpoint",
     "CompressionResult": "lrf_lightning.api",
     "ExportError": "lrf_lightning.export.files",
-    "LossTerms": "lrf_lightning.solver.loss_terms",
+    "LossTerms": "lrf_lightning.solver.running.loss_terms",
     "LowRankCheckpointMixin": "lrf_lightning.saving.structure_hook",
     "LowRankCompression": "lrf_lightning.callbacks.compression",
     "RankMonitor": "lrf_lightning.callbacks.rank_monitor",
     "Settings": "lrf_lightning.solver.settings",
-    "StepOutput": "lrf_lightning.solver.evaluation",
+    "StepOutput": "lrf_lightning.solver.running.evaluation",
     "compress": "lrf_lightning.api",
     "export_onnx": "lrf_lightning.export.files",
     "export_program": "lrf_lightning.export.files",

@@ -18,9 +18,9 @@ from lrf_lightning.copies.model_copy import copied_model
 from lrf_lightning.copies.uncompiled import is_compiled, uncompile_children
 from lrf_lightning.data.batches import fixed_order, overlaps
 from lrf_lightning.distributed import current_processes
-from lrf_lightning.solver.evaluation import Batches, LossFunction
 from lrf_lightning.solver.joint import CalibrationStep, solve
-from lrf_lightning.solver.seeded_batches import SeededBatches, split_seed
+from lrf_lightning.solver.running.evaluation import Batches, LossFunction
+from lrf_lightning.solver.running.seeded_batches import SeededBatches, split_seed
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.solution import Solution
 from lrf_lightning.solver.workspace import Progress

@@ -35,11 +35,11 @@ def _isolated(tmp_path, monkeypatch):
         folder = tmp_path / ".wandb"
         folder.mkdir(exist_ok=True)
         monkeypatch.setenv(name, str(folder))
-    monkeypatch.setattr("lrf_lightning.solver.speed.TIMING_SECONDS", 0.02)
-    monkeypatch.setattr("lrf_lightning.solver.speed.SHORTEST_SECONDS", 1e-4)
-    monkeypatch.setattr("lrf_lightning.solver.latency.RANK_SECONDS", 0.01)
+    monkeypatch.setattr("lrf_lightning.solver.speed.comparison.TIMING_SECONDS", 0.02)
+    monkeypatch.setattr("lrf_lightning.solver.speed.comparison.SHORTEST_SECONDS", 1e-4)
+    monkeypatch.setattr("lrf_lightning.solver.layers.latency.RANK_SECONDS", 0.01)
     monkeypatch.setenv("LRF_LIGHTNING_CACHE", "")
-    monkeypatch.setattr("lrf_lightning.solver.latency_cache._memory", {})
+    monkeypatch.setattr("lrf_lightning.solver.layers.latency_cache._memory", {})
     environment = {name: os.environ.get(name) for name in LEAKY}
     yield
     assert {name: os.environ.get(name) for name in LEAKY} == environment, "a test changed the launcher's environment"

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lrf_lightning import LossTerms, StepOutput, compress
 from lrf_lightning.distributed import PeerError, Processes, assigned
-from lrf_lightning.solver import workspace
+from lrf_lightning.solver.factors import decomposition
 
 WORLDS = (1, 2, 3)
 
@@ -171,7 +171,7 @@ def fails_to_decompose(rank, world, model):
         def broken(*args, **options):
             raise ArithmeticError("no convergence")
 
-        workspace.decomposed = broken
+        decomposition.decomposed = broken
     return fails_in_the_loss(rank, world, model, -1)
 
 

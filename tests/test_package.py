@@ -55,24 +55,43 @@ def test_every_name_can_be_had():
         _ = lrf_lightning.missing
 
 
-def test_no_folder_imports_one_that_imports_it():
-    root = Path(lrf_lightning.__file__).parent
-    graph = {}
+def imports(package):
+    """The folders and modules right below a package that each of them imports."""
+    root, graph = Path(package.__file__).parent, {}
     for path in root.rglob("*.py"):
         part = path.relative_to(root).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "lrf_lightning":
+            if not isinstance(node, ast.ImportFrom):
                 continue
-            homes = (lrf_lightning._HOMES.get(name.name, f"lrf_lightning.{name.name}") for name in node.names)
-            for module in homes if node.module == "lrf_lightning" else (node.module,):
-                graph.setdefault(part, set()).add(module.split(".")[1])
+            own = node.module == package.__name__
+            homes = [lrf_lightning._HOMES.get(name.name, f"{node.module}.{name.name}") for name in node.names]
+            for module in homes if own else (node.module or "",):
+                if module.startswith(f"{package.__name__}."):
+                    graph.setdefault(part, set()).add(module.removeprefix(f"{package.__name__}.").split(".")[0])
     for part, others in graph.items():
         others.discard(part)
-    del graph["__init__"]  # it hands names on
-    order = list(TopologicalSorter(graph).static_order())
+    graph.pop("__init__", None)  # it hands names on
+    return graph
+
+
+def test_no_folder_imports_one_that_imports_it():
+    order = list(TopologicalSorter(imports(lrf_lightning)).static_order())
     assert order.index("modules") < order.index("surgery") < order.index("solver") < order.index("callbacks")
 
 
 def test_the_map_of_the_solver_names_all_of_its_modules():
-    named = set(re.findall(r"``(\w+)``", solver.__doc__)) | {"joint"}
-    assert named == {path.stem for path in Path(solver.__file__).parent.glob("*.py")} - {"__init__"}
+    root = Path(solver.__file__).parent
+    folders = {path.name for path in root.iterdir() if (path / "__init__.py").is_file()}
+    found, place = {}, {}  # the modules of every folder, and the order of the folders
+    for line in solver.__doc__.partition("=\n")[2].splitlines():
+        folder = re.match(r"``(\w+)``", line)
+        names = re.findall(r"``(\w+)``", line[17:])
+        if line[:1] not in (" ", "=", ""):
+            home = folder[1] if folder else ""
+            place |= {home: len(place)} if home else {}
+        found.setdefault(home, set()).update(names)
+    assert found.pop("") | {"joint", "workspace"} == {path.stem for path in root.glob("*.py")} - {"__init__"}
+    assert found == {name: {path.stem for path in (root / name).glob("*.py")} - {"__init__"} for name in folders}
+    for name, others in imports(solver).items():
+        above = {other for other in others & folders if place[other] < place.get(name, len(place))}
+        assert others & folders == above, f"{name} stands above {others & folders - above}"

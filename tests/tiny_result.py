@@ -10,7 +10,7 @@ from torch import nn
 
 from lrf_lightning import compress
 from lrf_lightning.api import CompressionResult
-from lrf_lightning.solver.evaluation import StepOutput
+from lrf_lightning.solver.running.evaluation import StepOutput
 from lrf_lightning.solver.speed_result import Speed, Timing
 
 

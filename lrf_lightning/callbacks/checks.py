@@ -22,9 +22,9 @@ from lrf_lightning.best_checkpoint import best_checkpoint_callback
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.data.loaders import has_loader
 from lrf_lightning.export.files import FORMATS, missing_packages
-from lrf_lightning.solver.batch_contents import to_device
 from lrf_lightning.solver.devices import solver_device
-from lrf_lightning.solver.evaluation import evaluation_mode
+from lrf_lightning.solver.running.batch_contents import to_device
+from lrf_lightning.solver.running.evaluation import evaluation_mode
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.steps.loss_source import can_be_run
 from lrf_lightning.steps.step_loss import Score, StepLoss

@@ -44,8 +44,8 @@ from lrf_lightning.reports.report import print_report
 from lrf_lightning.run_folder import run_folder
 from lrf_lightning.saving.checkpoint import lightning_checkpoint, register_structure_hook, save_compressed
 from lrf_lightning.solver.devices import solver_device
-from lrf_lightning.solver.evaluation import Batches, LossFunction
-from lrf_lightning.solver.seeded_batches import split_seed
+from lrf_lightning.solver.running.evaluation import Batches, LossFunction
+from lrf_lightning.solver.running.seeded_batches import split_seed
 from lrf_lightning.solver.settings import (
     BUDGETS,
     ConvOrder,

@@ -25,11 +25,11 @@ from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
 from lrf_lightning.data.device_batches import DeviceBatches
 from lrf_lightning.data.loaders import resolve_loaders
 from lrf_lightning.run_folder import run_folder
-from lrf_lightning.solver.batch_contents import batch_size
 from lrf_lightning.solver.devices import solver_device
-from lrf_lightning.solver.factorization import decomposition_cost
-from lrf_lightning.solver.forecast import Forecast, forecast
-from lrf_lightning.solver.spectra import Spectrum, spectrum
+from lrf_lightning.solver.factors.factorization import decomposition_cost
+from lrf_lightning.solver.layers.spectra import Spectrum, spectrum
+from lrf_lightning.solver.predictions.forecast import Forecast, forecast
+from lrf_lightning.solver.running.batch_contents import batch_size
 from lrf_lightning.steps.step_loss import StepLoss
 from lrf_lightning.surgery import find_layers
 from lrf_lightning.wandb_logging.fork import finish_before_exit
@@ -51,11 +51,12 @@ class RankMonitor(Callback):
 
     ==============================  ====================================================================================
     ``rank_effective/<layer>``      effective, ``rank_stable/<layer>`` stable and ``rank_numerical/<layer>`` numerical
-                                    rank of the weight, see :mod:`lrf_lightning.solver.spectra`
+                                    rank of the weight, see :mod:`lrf_lightning.solver.layers.spectra`
     ``rank_energy/<layer>``         share of the squared weights within the largest rank that saves parameters
     ``rank_params/<layer>``         weight entries that a ``compact`` solve is predicted to keep
     ``rank/params_model``           parameters that it is predicted to keep of the whole model, and
-                                    ``rank/params_model_kept``, their share; see :mod:`lrf_lightning.solver.forecast`
+                                    ``rank/params_model_kept``, their share; see
+                                    :mod:`lrf_lightning.solver.predictions.forecast`
     ``rank/seconds``                time that the callback has taken so far; ``rank/time_share`` is its share of the
                                     time that the training has taken without it
     ==============================  ====================================================================================

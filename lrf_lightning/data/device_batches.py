@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lrf_lightning.distributed import ALONE, Processes
-from lrf_lightning.solver.seeded_batches import SeededBatches
+from lrf_lightning.solver.running.seeded_batches import SeededBatches
 
 __all__ = ["DeviceBatches"]
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from lrf_lightning.data.batches import EveryNth, FirstBatches, has_samples, keeps_batches, rebuilt
 from lrf_lightning.random_state import seeded
-from lrf_lightning.solver.batch_contents import tensors
-from lrf_lightning.solver.evaluation import Batches
+from lrf_lightning.solver.running.batch_contents import tensors
+from lrf_lightning.solver.running.evaluation import Batches
 
 __all__ = ["disjoint_parts"]
 

@@ -29,7 +29,7 @@ from lrf_lightning.data.batches import FirstBatches, fixed_order, overlaps
 from lrf_lightning.data.combined_batches import CombinedBatches
 from lrf_lightning.data.disjoint_parts import disjoint_parts
 from lrf_lightning.random_state import seeded
-from lrf_lightning.solver.evaluation import Batches
+from lrf_lightning.solver.running.evaluation import Batches
 
 __all__ = ["ROLES", "Loaders", "check_loaders", "has_loader", "resolve_loaders"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lrf_lightning.distributed import ALONE, Processes
-from lrf_lightning.solver.batch_contents import batch_size
-from lrf_lightning.solver.evaluation import Batches
+from lrf_lightning.solver.running.batch_contents import batch_size
+from lrf_lightning.solver.running.evaluation import Batches
 
 __all__ = ["find_images"]
 

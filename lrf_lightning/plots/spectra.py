@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lrf_lightning.plots.style import short_name, style
-from lrf_lightning.solver.spectra import Spectrum
+from lrf_lightning.solver.layers.spectra import Spectrum
 
 __all__ = ["spectra_over_time"]
 

@@ -18,7 +18,7 @@ from lrf_lightning.reports.cells import (
 )
 from lrf_lightning.reports.tables import Row, frontier_rows
 from lrf_lightning.reports.verdict import score_name
-from lrf_lightning.solver.pareto import holding
+from lrf_lightning.solver.points.pareto import holding
 from lrf_lightning.solver.solution import Solution
 
 __all__ = ["budget_notes", "budgets_table"]

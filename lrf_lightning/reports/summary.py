@@ -49,7 +49,7 @@ A figure that is not known is missing; one that is not finite stays as it is.
 from __future__ import annotations
 
 from lrf_lightning.reports.tables import share
-from lrf_lightning.solver.pareto import HOLDS, holding
+from lrf_lightning.solver.points.pareto import HOLDS, holding
 from lrf_lightning.solver.result import Certificate, Interval
 from lrf_lightning.solver.solution import Solution
 from lrf_lightning.solver.speed_result import Speed

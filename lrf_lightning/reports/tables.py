@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrf_lightning.solver.pareto import original_on_front
+from lrf_lightning.solver.points.pareto import original_on_front
 from lrf_lightning.solver.result import FrontierPoint, LayerCurve, LayerResult
 from lrf_lightning.solver.solution import Solution
 from lrf_lightning.solver.speed_result import Speed

@@ -16,22 +16,22 @@ from torch import nn
 from lrf_lightning.copies.model_copy import copied_model, shareable
 from lrf_lightning.distributed import current_processes
 from lrf_lightning.solver.agreement import unify
-from lrf_lightning.solver.calibration import calibrate
-from lrf_lightning.solver.certificate import certify
-from lrf_lightning.solver.changes import changed_samples
 from lrf_lightning.solver.devices import check_one_device, solver_device
-from lrf_lightning.solver.evaluation import Batches, LossFunction, Outcome
-from lrf_lightning.solver.latency import measure_layers
-from lrf_lightning.solver.layer_results import layer_results
+from lrf_lightning.solver.layers.latency import measure_layers
 from lrf_lightning.solver.model_size import parameter_count
-from lrf_lightning.solver.objectives import Choice, choose
-from lrf_lightning.solver.point_models import PointModels
+from lrf_lightning.solver.points.layer_results import layer_results
+from lrf_lightning.solver.points.objectives import Choice, choose
+from lrf_lightning.solver.points.point_models import PointModels
+from lrf_lightning.solver.predictions.calibration import calibrate
 from lrf_lightning.solver.result import FrontierPoint, LayerResult
+from lrf_lightning.solver.running.evaluation import Batches, LossFunction, Outcome
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.solution import Solution
-from lrf_lightning.solver.speed import Scope, measure_speed
+from lrf_lightning.solver.speed.comparison import Scope, measure_speed
 from lrf_lightning.solver.speed_result import Speed
-from lrf_lightning.solver.temperature import temperatures
+from lrf_lightning.solver.verdict.certificate import certify
+from lrf_lightning.solver.verdict.changes import changed_samples
+from lrf_lightning.solver.verdict.temperature import temperatures
 from lrf_lightning.solver.workspace import Progress, Workspace
 from lrf_lightning.surgery import Candidate, Skipped, find_layers, prepare, settle
 
@@ -83,9 +83,9 @@ def calibrated(
 ) -> tuple[Workspace, Outcome]:
     """A workspace that knows the curves of all layers, and the dense model's losses on the selection split.
 
-    From here any number of budgets can be solved; see :class:`~lrf_lightning.solver.frontier.Frontier`.
-    ``calibration_step`` takes the place of :func:`~lrf_lightning.solver.calibration.calibrate`, to remember what it
-    finds.
+    From here any number of budgets can be solved; see :class:`~lrf_lightning.solver.points.frontier.Frontier`.
+    ``calibration_step`` takes the place of :func:`~lrf_lightning.solver.predictions.calibration.calibrate`, to remember
+    what it finds.
     """
     if settings.objective == "paper":  # the published algorithm knows neither metrics nor compensation
         settings = dataclasses.replace(

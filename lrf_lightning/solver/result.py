@@ -152,7 +152,7 @@ class FrontierPoint:
         budget: the share of the cost that was asked for, None if no share was.
         pareto: whether no other model, the original included, is at least as good in cost, loss and score, and better
             in one of them.
-        knee: whether this is where the front bends most; see :func:`lrf_lightning.solver.pareto.knee`.
+        knee: whether this is where the front bends most; see :func:`lrf_lightning.solver.points.pareto.knee`.
         certificate: the verdict on the verification split, None unless all points were tested there.
         speed: speed and size beside the original's, None unless all points were timed.
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lrf_lightning.solver.point_models import PointModels
+from lrf_lightning.solver.points.point_models import PointModels
 from lrf_lightning.solver.result import Certificate, FrontierPoint, LayerResult, Measurement, SampleChange
 from lrf_lightning.solver.settings import Settings
 from lrf_lightning.solver.speed_result import Speed

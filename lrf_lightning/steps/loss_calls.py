@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import _reduction, functional
 from torch.overrides import TorchFunctionMode
 
-from lrf_lightning.solver.loss_terms import LossTerms
+from lrf_lightning.solver.running.loss_terms import LossTerms
 from lrf_lightning.steps.linear_trace import LinearTrace
 
 __all__ = ["LossCall", "LossCalls"]

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lrf_lightning.solver.batch_contents import batch_size, tensors
-from lrf_lightning.solver.evaluation import LossFunction, StepOutput
-from lrf_lightning.solver.loss_terms import LossTerms
+from lrf_lightning.solver.running.batch_contents import batch_size, tensors
+from lrf_lightning.solver.running.evaluation import LossFunction, StepOutput
+from lrf_lightning.solver.running.loss_terms import LossTerms
 from lrf_lightning.steps.loss_calls import LossCall, LossCalls
 
 __all__ = ["Combination", "ExplainedLoss", "Explanation", "combination", "explanation", "was_compiling"]
@@ -174,7 +174,7 @@ class ExplainedLoss:
     takes time with every operation of the model: it ends if the first batch shows no terms.
 
     Args:
-        loss: see :data:`~lrf_lightning.solver.evaluation.LossFunction`.
+        loss: see :data:`~lrf_lightning.solver.running.evaluation.LossFunction`.
     """
 
     def __init__(self, loss: LossFunction) -> None:

@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lrf_lightning.solver.batch_contents import batch_size, own_copy, tensors
+from lrf_lightning.solver.running.batch_contents import batch_size, own_copy, tensors
 from lrf_lightning.steps.loss_calls import LossCall
 from lrf_lightning.steps.loss_explanation import Combination, combination, was_compiling
 from lrf_lightning.steps.step_record import StepRecord, run_step

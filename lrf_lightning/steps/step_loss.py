@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from lrf_lightning.distributed import Processes
 from lrf_lightning.random_state import preserved
-from lrf_lightning.solver.batch_contents import batch_size, own_copy, tensors
-from lrf_lightning.solver.evaluation import StepOutput, evaluation_mode
+from lrf_lightning.solver.running.batch_contents import batch_size, own_copy, tensors
+from lrf_lightning.solver.running.evaluation import StepOutput, evaluation_mode
 from lrf_lightning.steps.loss_calls import LossCall
 from lrf_lightning.steps.loss_explanation import explanation
 from lrf_lightning.steps.loss_source import LossSource, can_be_run, combination_in, find_source, required_loss

@@ -30,16 +30,15 @@ from torch import Tensor
 from lrf_lightning import safe_files
 from lrf_lightning.best_effort import best_effort
 from lrf_lightning.fingerprint import UnknownContentError, fingerprint
-from lrf_lightning.solver.calibration import calibrate
-from lrf_lightning.solver.curves import Prediction
-from lrf_lightning.solver.evaluation import Outcome
-from lrf_lightning.solver.layer_input import LayerInput
-from lrf_lightning.solver.layer_statistics import LayerStatistics, TiedUse, empty_statistics
-from lrf_lightning.solver.moments import Moment
-from lrf_lightning.solver.probes import Probe
+from lrf_lightning.solver.layers.layer_curve import Curve, Prediction, Probe
+from lrf_lightning.solver.layers.layer_input import LayerInput
+from lrf_lightning.solver.layers.layer_statistics import LayerStatistics, TiedUse, empty_statistics
+from lrf_lightning.solver.layers.moments import Moment
+from lrf_lightning.solver.layers.statistics import RowSampler
+from lrf_lightning.solver.predictions.calibration import calibrate
+from lrf_lightning.solver.running.evaluation import Outcome
 from lrf_lightning.solver.settings import Settings
-from lrf_lightning.solver.statistics import RowSampler
-from lrf_lightning.solver.workspace import Curve, Workspace
+from lrf_lightning.solver.workspace import Workspace
 from lrf_lightning.surgery import Candidate, Skipped
 
 __all__ = ["CalibrationCache", "locked"]
@@ -59,7 +58,7 @@ LINKS = ("candidate", "module", "reader")
 
 
 class CalibrationCache:
-    """Takes the place of :func:`lrf_lightning.solver.calibration.calibrate`.
+    """Takes the place of :func:`lrf_lightning.solver.predictions.calibration.calibrate`.
 
     Args:
         folder: where the files are; it is created if need be.

@@ -3,7 +3,7 @@ import torch
 from readable import assert_readable
 
 from lrf_lightning.plots.spectra import spectra_over_time
-from lrf_lightning.solver.spectra import Spectrum
+from lrf_lightning.solver.layers.spectra import Spectrum
 
 
 def history(layers, epochs, size=64):

@@ -11,8 +11,8 @@ from torch.nn import functional
 from lrf_lightning import compress, distributed
 from lrf_lightning.matmul_precision import matmul_precision
 from lrf_lightning.solver.devices import check_one_device, solver_device
-from lrf_lightning.solver.latency import device_name
-from lrf_lightning.solver.moments import Moment
+from lrf_lightning.solver.layers.latency import device_name
+from lrf_lightning.solver.layers.moments import Moment
 
 
 def loss(model, batch):

@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from lrf_lightning import compress
 from lrf_lightning.modules import LowRankModule, SplitAttention
 from lrf_lightning.saving.structure_hook import splits_in
-from lrf_lightning.solver import layer_statistics
-from lrf_lightning.solver.curves import component_derivatives
-from lrf_lightning.solver.factorization import factorize
-from lrf_lightning.solver.layer_statistics import LayerStatistics
-from lrf_lightning.solver.row_readers import row_reader
-from lrf_lightning.solver.statistics import RowSampler, collect_statistics
+from lrf_lightning.solver.factors.factorization import factorize
+from lrf_lightning.solver.layers import layer_statistics
+from lrf_lightning.solver.layers.layer_statistics import LayerStatistics
+from lrf_lightning.solver.layers.row_readers import row_reader
+from lrf_lightning.solver.layers.statistics import RowSampler, collect_statistics
+from lrf_lightning.solver.predictions.curves import component_derivatives
 from lrf_lightning.surgery import find_layers, set_structure
 
 CLASSES = 4

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from lrf_lightning import compress
-from lrf_lightning.solver.calibration import calibrate
+from lrf_lightning.solver.predictions.calibration import calibrate
 from lrf_lightning.sweeps import calibration_cache
 from lrf_lightning.sweeps.calibration_cache import locked
 

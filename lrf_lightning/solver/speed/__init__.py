@@ -1,0 +1,1 @@
+"""Time and memory of the compressed model beside the original."""

@@ -1,0 +1,1 @@
+"""The verdict: paired differences, their bounds, temperatures, and the samples that changed."""

@@ -1,0 +1,122 @@
+"""Attributes that passes through one model set, while the passes take turns."""
+
+import weakref
+from collections import OrderedDict, deque
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import nn
+
+from lrf_lightning.solver.running import own_attributes
+from lrf_lightning.solver.running.own_attributes import Attributes, OwnAttributes
+
+
+class Keeping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Linear(2, 2)
+        self.kept, self.gone = "original", None
+        self.list, self.deque, self.set = [1], deque([1, 2], maxlen=3), {1}
+        self.nested = OrderedDict(a={"b": [1]})
+        self.register_buffer("state", torch.zeros(2))
+
+
+def everything(model):
+    """Attributes and contents, without those of torch that stay common."""
+    own = {name: value for name, value in model.__dict__.items() if name not in own_attributes.COMMON}
+    return repr(own) + repr(list(model.__dict__)) + repr(dict(model.part._buffers)) + repr(model.part.__dict__.keys())
+
+
+def assign(model, value):
+    model.kept = value
+    model.new = value
+
+
+def delete(model, value):
+    del model.gone
+    model.instead = None  # the same value under another name
+
+
+def fill(model, value):
+    model.list.append(value)
+    model.deque.extend([value, value])
+    model.set.clear()
+    model.nested["a"]["b"].insert(0, value)
+    model.nested["c"] = value
+
+
+def replace_tensors(model, value):
+    model.state = torch.full((2,), float(value))
+    model.part._parameters["weight"] = nn.Parameter(torch.full((2, 2), float(value)))
+    model.part.register_buffer("late", torch.ones(1), persistent=False)
+
+
+def switch(model, value):
+    model.part.eval()
+    model.part.output = value  # what a hook leaves on a module of torch
+
+
+def move(model, value):
+    model.nested["a"]["b"].append(model.list.pop())
+
+
+def rename(model, value):
+    del model.gone
+    model.training, model.part.training = False, False
+    model.list, model.new = model.set, model.list
+
+
+@pytest.mark.parametrize("change", [assign, delete, fill, replace_tensors, switch, move, rename])
+def test_every_pass_finds_what_it_has_changed(change):
+    model = Keeping()
+    before = everything(model)
+    one, two = (OwnAttributes(Attributes(model)) for _ in range(2))
+    with one:
+        change(model, 5)
+        first = everything(model)
+    assert everything(model) == before
+    with two:
+        assert everything(model) == before
+        change(model, 7)
+        second = everything(model)
+    assert everything(model) == before
+    assert first != before
+    for _ in range(2):
+        for own, wanted in ((one, first), (two, second)):
+            with own:
+                assert everything(model) == wanted
+        assert everything(model) == before
+
+
+def test_an_error_puts_the_attributes_back():
+    model = Keeping()
+    with suppress(ValueError), OwnAttributes(Attributes(model)):
+        model.kept = 1
+        raise ValueError("broken")
+    assert model.kept == "original"
+
+
+def test_long_lists_are_not_looked_through():
+    model = Keeping()
+    model.data = list(range(own_attributes.LONGEST + 1))
+    with OwnAttributes(Attributes(model)):
+        model.data.append(1)
+    assert len(model.data) == own_attributes.LONGEST + 2
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_weights_that_every_pass_computes_are_not_kept_for_every_pass():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)))
+    attributes = Attributes(model)
+    own, other = OwnAttributes(attributes), OwnAttributes(attributes)
+    with torch.no_grad():
+        with own:
+            model(torch.zeros(1, 3))
+            model[0].output = 1
+            mine = weakref.ref(model[0].weight)
+        with other:
+            model(torch.zeros(1, 3))
+    with own:
+        assert model[0].output == 1
+    assert mine() is None
