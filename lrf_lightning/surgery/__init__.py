@@ -13,8 +13,9 @@ Two kinds of layers are not where they seem to be:
   layers that share its factors.
 """
 
-from lrf_lightning.surgery.candidates import Candidate, ConvOrder, Skipped, find_layers
+from lrf_lightning.surgery.candidates import Candidate, ConvOrder
 from lrf_lightning.surgery.kinds import is_matrix, low_rank_type
+from lrf_lightning.surgery.search import Skipped, find_layers
 from lrf_lightning.surgery.structure import (
     factorized,
     prepare,
