@@ -128,6 +128,12 @@ class TestNothingElseChanges:
         assert flags() == before
         torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_result_is_in_the_mode_of_the_model(self, trained, training):
+        result = squeeze(copy.deepcopy(trained).train(training), objective="budget")
+        assert result.ranks
+        assert {module.training for module in result.model.modules()} == {training}
+
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
     def test_gradient_mode(self, trained, result, mode):
         with mode():

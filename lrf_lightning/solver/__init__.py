@@ -6,7 +6,7 @@ In the order of a solve, which :mod:`~lrf_lightning.solver.joint` goes through o
 ===============  =======================================================================================================
 the task         ``settings``, ``devices``, ``agreement`` of the processes
 what comes back  ``result`` with ``speed_result`` and ``model_size``; in the end they are in the ``solution``
-``running``      ``evaluation`` with ``loss_terms``; ``batch_contents``, ``seeded_batches``, ``buffers``; ``hooks``;
+``running``      ``evaluation`` with ``loss_terms``; ``batch_contents``, ``seeded_batches``, ``state``; ``hooks``;
                  ``lockstep`` of paused passes with ``own_attributes``
 ``verdict``      ``intervals``, ``temperature``, ``certificate``, ``changes``
 ``layers``       ``statistics`` in ``backward_passes``: ``layer_statistics`` of ``moments``, ``rows``, ``conv_rows``,

@@ -110,13 +110,18 @@ def fit_layers(
     for copy, ranks in wanted:
         for name in ranks:
             if name not in fitted:
-                replace_module(copy, name, solved(name, ranks[name], None))
+                _replace(copy, name, solved(name, ranks[name], None))
     if fitted:
         targets = [_Target(copy, {n: rank for n, rank in ranks.items() if n in fitted}) for copy, ranks in wanted]
         _Fitting(fitted, solved, sampler, processes).run(model, targets, loss, batches, device)
         for target in targets:
             for name, new in target.replacements.items():
-                replace_module(target.model, name, new)
+                _replace(target.model, name, new)
+
+
+def _replace(model: nn.Module, name: str, new: LowRankModule) -> None:
+    # factors are made while the dense model is in evaluation mode
+    replace_module(model, name, new.train(model.get_submodule(name).training))
 
 
 def can_be_fitted(layer: LayerStatistics) -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lrf_lightning.distributed import ALONE, Processes
 from lrf_lightning.solver.result import Measurement
 from lrf_lightning.solver.running.batch_contents import batch_size, to_device
-from lrf_lightning.solver.running.buffers import restored_buffers
 from lrf_lightning.solver.running.loss_terms import LossTerms
+from lrf_lightning.solver.running.state import restored_state
 
 __all__ = [
     "Batches",
@@ -187,11 +187,11 @@ def step(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> StepOut
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and restore every module's own training flag and its buffers afterwards."""
+    """Put the model into evaluation mode; restore its state and every module's own training flag afterwards."""
     training = {module: module.training for module in model.modules()}
     try:
-        with restored_buffers(model):
-            model.eval()
+        model.eval()  # may change attributes on purpose
+        with restored_state(model):
             yield
     finally:
         for module, flag in training.items():

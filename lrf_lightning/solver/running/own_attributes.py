@@ -4,22 +4,28 @@ Many models keep activations on their modules while they run (``self.skip = x``,
 buffers and parameters for a while. A pass that is paused in between must find its own when it goes on, not those of the
 pass that ran last. So whenever a pass stops, what it has changed is put aside and the original is put back.
 
-Only what can be seen by identity is covered: attributes, and entries of lists, dictionaries, sets and deques in them.
-Values that are changed in place, and objects of other types, stay common to all passes.
+Only what can be seen by identity is covered: attributes, entries of lists, dictionaries, sets and deques in them or in
+what a forward hook refers to, and tensors that are attributes of a user's own objects there. Values that are changed in
+place, and other attributes of objects, stay common to all passes.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from operator import is_, itemgetter
-from types import TracebackType
-from typing import Any
+from types import CellType, FunctionType, MethodType, ModuleType, TracebackType
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 __all__ = ["Attributes", "OwnAttributes"]
+
+T = TypeVar("T")
+MISSING = object()
 
 DEPTH = 3
 # activations are few: longer ones are vocabularies or data, which would be looked through at every pause
@@ -29,21 +35,27 @@ STANDARD = frozenset(nn.Module().__dict__)
 COMMON = {name for name in STANDARD if "hook" in name} | {"_modules"}
 # parameters that old-style weight and spectral norm and pruning compute a weight of, in every pass
 SOURCES = ("_g", "_v", "_orig")
+# packages whose objects are no place for activations
+LIBRARIES = frozenset(
+    {"builtins", "collections", "functools", "lightning", "logging", "numpy", "pytorch_lightning", "threading", "torch"}
+)
 
 
 class Attributes:
     """The attributes of all modules of a model as they are now, and the contents of containers in them."""
 
     def __init__(self, model: nn.Module) -> None:
-        containers: dict[int, Any] = {}
-        for module in model.modules():
-            for name, value in module.__dict__.items():
-                if name not in COMMON:
-                    containers.update((id(container), container) for container in _containers(value, DEPTH))
-        self._modules = [_OriginalModule(module) for module in model.modules()]
-        self._containers = [_Original(container) for container in containers.values()]
+        modules = [module for module in model.modules() if not _is_lazy(module)]
+        found: dict[int, tuple[Any, bool]] = {}
+        for module in modules:
+            values = [value for name, value in module.__dict__.items() if name not in COMMON]
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            for value in chain(values, *(_referents(hook) for hook in hooks)):
+                found.update((id(container), (container, of_object)) for container, of_object in _containers(value))
+        self._modules = [_OriginalModule(module) for module in modules]
+        self._containers = [(_OriginalObject if of_object else _Original)(c) for c, of_object in found.values()]
         # views that follow their dictionaries, so that a look at all entries of all containers takes a few calls
-        self._views = [view for container in containers.values() for view in _views(container)]
+        self._views = [view for container, _ in found.values() for view in _views(container)]
         self._lengths, self._entries = list(map(len, self._views)), list(chain.from_iterable(self._views))
 
     def put_aside(self) -> list[tuple[_Original, Any]]:
@@ -52,6 +64,11 @@ class Attributes:
         if list(map(len, self._views)) != self._lengths or not _same(chain.from_iterable(self._views), self._entries):
             changed += [original for original in self._containers if not original.is_there()]
         return [(original, original.put_back()) for original in changed]
+
+    def found(self, kind: type[T]) -> list[T]:
+        """The attributes of modules, and the entries of containers in them, that are of a kind."""
+        values = chain(*(module.own_values() for module in self._modules), self._entries)
+        return [value for value in values if isinstance(value, kind)]
 
 
 class OwnAttributes:
@@ -99,6 +116,31 @@ class _Original:
         (self.container.update if isinstance(contents, (dict, set)) else self.container.extend)(contents)
 
 
+class _OriginalObject(_Original):
+    """The tensors among the attributes of an object; the others may be those of a file or a connection."""
+
+    def is_there(self) -> bool:
+        return not self._changed()
+
+    def put_back(self) -> Any:
+        changed = self._changed()
+        others = {name: self.container.get(name, MISSING) for name in changed}
+        self.put({name: self.contents.get(name, MISSING) for name in changed})
+        return others
+
+    def put(self, contents: Any) -> None:
+        for name, value in contents.items():
+            if value is MISSING:
+                self.container.pop(name, None)
+            else:
+                self.container[name] = value
+
+    def _changed(self) -> list[Any]:
+        now, before = self.container, self.contents
+        names = [name for name in now.keys() | before.keys() if now.get(name, MISSING) is not before.get(name, MISSING)]
+        return [name for name in names if any(isinstance(_get(name), Tensor) for _get in (now.get, before.get))]
+
+
 class _OriginalModule(_Original):
     """The attributes of a module.
 
@@ -113,6 +155,10 @@ class _OriginalModule(_Original):
         watched = self.contents.keys() - STANDARD - self._computed
         self._watched = itemgetter("training", "_buffers", *watched)
         self._values = self._watched(self.contents)
+
+    def own_values(self) -> list[Any]:
+        """What is neither torch's nor computed in every pass."""
+        return [self.contents[name] for name in self.contents.keys() - STANDARD - self._computed]
 
     def is_there(self) -> bool:
         attributes = self.container
@@ -133,13 +179,57 @@ class _OriginalModule(_Original):
         super().put(contents | computed)
 
 
-def _containers(value: Any, depth: int) -> Iterator[Any]:
-    if depth == 0 or not isinstance(value, (list, dict, set, deque)) or len(value) > LONGEST:
+def _containers(value: Any, depth: int = DEPTH) -> Iterator[tuple[Any, bool]]:
+    """Containers in a value, and whether they are the attributes of an object."""
+    of_object = _is_users(value)
+    container = vars(value) if of_object else value
+    if depth == 0 or not isinstance(container, (list, dict, set, deque)) or len(container) > LONGEST:
         return
-    yield value
-    if not isinstance(value, set):
-        for item in value.values() if isinstance(value, dict) else value:
+    yield container, of_object
+    if not isinstance(container, set):
+        for item in list(container.values() if isinstance(container, dict) else container):
             yield from _containers(item, depth - 1)
+
+
+def _is_users(value: Any) -> bool:
+    """Whether a value is an object of the user's own, with attributes."""
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)):
+        return False
+    library = type(value).__module__.partition(".")[0] in LIBRARIES
+    return not library and isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _referents(function: Any, depth: int = 2) -> Iterator[Any]:
+    """What a hook may write to: the object that it is a method of, what it is bound to, its closure and globals."""
+    if isinstance(function, partial):
+        yield from (*function.args, *function.keywords.values())
+        function = function.func
+    if isinstance(function, MethodType):
+        yield function.__self__
+        function = function.__func__
+    if not isinstance(function, FunctionType):
+        yield function
+        return
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    names = [function.__globals__.get(name) for name in function.__code__.co_names]
+    for value in (*cells, *(value for value in names if isinstance(value, (list, dict, set, deque)))):
+        if isinstance(value, (FunctionType, MethodType, partial)):
+            if depth:
+                yield from _referents(value, depth - 1)
+        else:
+            yield value
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not MISSING
+    except ValueError:
+        return False
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether the first pass will make another layer of a module."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 def _views(container: Any) -> tuple[Any, ...]:

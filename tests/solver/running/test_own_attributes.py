@@ -3,6 +3,7 @@
 import weakref
 from collections import OrderedDict, deque
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -120,3 +121,91 @@ def test_weights_that_every_pass_computes_are_not_kept_for_every_pass():
     with own:
         assert model[0].output == 1
     assert mine() is None
+
+
+SEEN = {}
+
+
+class Kept:
+    """What fastai's hooks are: objects that store an output, beside things of their own."""
+
+    def __init__(self):
+        self.stored, self.calls = None, 0
+
+    def __call__(self, module, args, output):
+        self.stored = output
+        self.calls += 1
+
+    def method(self, module, args, output):
+        self(module, args, output)
+
+
+def held_by_an_attribute(layer):
+    layer.kept = Kept()
+    layer.register_forward_hook(lambda module, args, output: module.kept(module, args, output))
+    return lambda: layer.kept.stored
+
+
+def held_by_a_hook(layer):
+    kept = Kept()
+    layer.register_forward_hook(kept)
+    return lambda: kept.stored
+
+
+def held_by_a_method(layer):
+    kept = Kept()
+    layer.register_forward_hook(kept.method)
+    return lambda: kept.stored
+
+
+def in_a_closure(layer):
+    seen, outputs = {}, []
+
+    def store(output):
+        seen["output"] = output
+
+    def hook(module, args, output):
+        store(output)
+        outputs.append(output)
+
+    layer.register_forward_hook(hook)
+    return lambda: seen.get("output") if len(outputs) == 1 else None
+
+
+def in_an_argument(layer):
+    seen = {}
+    layer.register_forward_hook(partial(lambda seen, module, args, output: seen.update(output=output), seen))
+    return lambda: seen.get("output")
+
+
+def in_a_global(layer):
+    layer.register_forward_pre_hook(lambda module, args: SEEN.update(output=args[0]))
+    return lambda: SEEN.get("output")
+
+
+@pytest.mark.parametrize(
+    "keep", [held_by_an_attribute, held_by_a_hook, held_by_a_method, in_a_closure, in_an_argument, in_a_global]
+)
+def test_activations_that_hooks_keep_belong_to_a_pass(keep):
+    model = nn.Sequential(nn.Linear(2, 2))
+    kept = keep(model[0])
+    attributes = Attributes(model)
+    one, two = OwnAttributes(attributes), OwnAttributes(attributes)
+    outputs = []
+    for own in (one, two):
+        with own:
+            model(torch.randn(3, 2))
+            outputs.append(kept())
+        assert kept() is None
+    assert outputs[0] is not outputs[1]
+    for own, output in zip((one, two), outputs, strict=True):
+        with own:
+            assert kept() is output
+
+
+def test_what_is_no_activation_stays_with_an_object():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.kept = Kept()
+    with OwnAttributes(Attributes(model)):
+        model.kept(None, None, torch.ones(1))
+    assert (model.kept.stored, model.kept.calls) == (None, 1)

@@ -1,15 +1,17 @@
-"""Buffers that steps write to, replace, let grow or make are as before an evaluation."""
+"""What steps write to, replace, let grow or make is as before an evaluation."""
 
+import random
 from contextlib import suppress
 
+import numpy
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 from lrf_lightning import compress
-from lrf_lightning.solver.running.buffers import restored_buffers
 from lrf_lightning.solver.running.evaluation import evaluate
+from lrf_lightning.solver.running.state import restored_state
 
 CPU = torch.device("cpu")
 
@@ -78,7 +80,7 @@ def test_buffers_are_as_before(change):
     objects = [(name, dict(module._buffers)) for name, module in model.named_modules()]
     values = {name: buffer.clone() for name, buffer in model.named_buffers()}
     attributes, persistent = set(model.__dict__), list(model.state_dict())
-    with suppress(RuntimeError), restored_buffers(model):
+    with suppress(RuntimeError), restored_state(model):
         change(model)
         raise RuntimeError("a step may fail")
     for name, buffers in objects:
@@ -92,13 +94,43 @@ def test_buffers_are_as_before(change):
     assert model._non_persistent_buffers_set == {"cache"}
 
 
-def test_other_attributes_stay_while_buffers_keep_their_shapes():
-    model = Queued()
-    with restored_buffers(model):
-        written(model)
-        replaced(model)
-        model.calls = 1
-    assert model.calls == 1
+class Stateful(nn.Module):
+    """State in every place but buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.teacher = nn.Linear(4, 4).requires_grad_(False)
+        self.mean, self.steps, self.seen, self.hidden = torch.zeros(4), 0, [], None
+        self.noise = [torch.Generator().manual_seed(1), random.Random(2), numpy.random.default_rng(3)]
+        self.older = numpy.random.RandomState(4)
+
+    def step(self):
+        """What it draws, and everything changed."""
+        drawn = [float(torch.rand((), generator=self.noise[0])), self.noise[1].random(), self.noise[2].random()]
+        drawn.append(self.older.rand())
+        self.steps += 1
+        self.seen.append(torch.ones(2))
+        self.hidden = torch.ones(3)
+        self.mean.add_(1)
+        with torch.no_grad():
+            self.teacher.weight.mul_(0.5)
+            self.teacher.bias.data.add_(1)
+        return drawn
+
+
+def test_everything_that_a_step_keeps_is_as_before():
+    model = Stateful()
+    values, mean = {name: value.clone() for name, value in model.state_dict().items()}, model.mean
+    drawn = []
+    for _ in range(2):
+        with restored_state(model):
+            drawn.append([model.step(), model.step()])
+        assert_close(model.state_dict(), values, rtol=0, atol=0)
+        assert (model.steps, model.seen, model.hidden, model.mean.tolist()) == (0, [], None, [0] * 4)
+        assert model.mean is mean
+    assert drawn[0] == drawn[1], "generators are rewound"
+    assert drawn[0][0] != drawn[0][1]
 
 
 def test_buffers_that_cannot_be_written_are_left_alone():
@@ -107,7 +139,7 @@ def test_buffers_that_cannot_be_written_are_left_alone():
     model.register_buffer("meta", torch.ones(3, device="meta"))
     with torch.inference_mode():
         model.register_buffer("inference", torch.ones(3))
-    with restored_buffers(model):
+    with restored_state(model):
         model[0](torch.randn(5, 3))
     assert model[0].running_mean.shape == (3,)
     assert model.expanded.tolist() == [1] * 4
@@ -127,3 +159,34 @@ def test_the_compressed_model_has_the_buffers_of_the_original():
     result = compress(model, queue_loss, *splits, objective="budget", keep=0.5, speed="none")
     assert result.ranks
     assert_close(dict(result.model.named_buffers()), dict(model.named_buffers()), rtol=0, atol=0)
+
+
+class Centred(nn.Module):
+    """Keeps a moving average of its outputs, by which the next ones are divided."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 8))
+        mean = torch.zeros(8)
+        if kind == "buffer":
+            self.register_buffer("mean", mean)
+        else:
+            self.mean = nn.Parameter(mean, requires_grad=False) if kind == "parameter" else mean
+
+    def forward(self, x):
+        y = self.net(x)
+        self.mean.data.mul_(0.9).add_(y.detach().mean(0) + 0.1)
+        return y / (1 + self.mean.square().sum())
+
+
+def test_it_does_not_matter_where_state_is_kept():
+    splits = [[torch.randn(12, 12) for _ in range(3)] for _ in range(3)]
+    found = []
+    for kind in ("buffer", "parameter", "attribute"):
+        torch.manual_seed(0)
+        options = {"objective": "budget", "keep": 0.5, "speed": "none"}
+        result = compress(Centred(kind), lambda model, x: (model(x) - 1).square().mean(1), *splits, **options)
+        assert result.model.mean.tolist() == [0] * 8
+        found.append(result.certificate)
+    assert found[0].verdict != "unchanged"
+    assert found[1] == found[2] == found[0]
