@@ -7,7 +7,7 @@ then gives one loss per row, and rows belong to samples::
     (batch,)            one row per sample
     (batch, d1, ...)    mean over a sample's rows
     (batch * t,)        flattened tokens, mean over a sample's t rows
-    (t * batch,)        the same time-major, where the batch shows that the targets lie like that
+    (t * batch,)        the same time-major, where the batch's targets, or a run with other samples, show that
 
 Where some targets are ignored (padding, the last token of a text), the batch's mean is taken over the others, so a
 sample counts by its number of them: its loss is the sum over its rows, divided by the mean number per sample. The same
@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from lrf_lightning.solver.running.loss_terms import LossTerms
 from lrf_lightning.steps.linear_trace import LinearTrace
+from lrf_lightning.steps.row_layout import Layout, block_count
 
 __all__ = ["LossCall", "LossCalls"]
 
@@ -68,7 +69,8 @@ class LossCall:
         reduction: of its rows to the result.
         leaf: where the graph of what is made of the result begins, if that is traced.
         steps: length t of sequences whose rows are time-major; 0 if the rows of a sample lie together.
-        given: whether the targets are known to be those of the batch.
+        given: whether every row is known to belong to one sample.
+        mixed: whether rows are known to depend on several samples, or it is not known to which one they belong.
     """
 
     function: Callable[..., Tensor]
@@ -80,14 +82,31 @@ class LossCall:
     leaf: Tensor | None = None
     steps: int = 0
     given: bool = False
+    mixed: bool = False
 
-    def arranged(self, size: int, batch: Iterable[Tensor]) -> LossCall:
-        """The call, with what the batch tells about its targets, and ``steps`` set if they are time-major.
+    def arranged(self, size: int, batch: Iterable[Tensor], layout: Layout | None = None) -> LossCall:
+        """The call, with what is known about its rows, and ``steps`` set if they are time-major.
 
         Args:
             size: samples in the batch.
             batch: the batch's tensors; targets may lack the first or the last step of one of them.
+            layout: what a run with other samples has shown, which goes before what the targets tell. Where it could not
+                show anything, several rows per sample are taken for those of samples only if the targets tell it; None
+                if that was not tried, then they are always.
         """
+        if layout in ("samples", "blocks", "second"):
+            blocks = block_count(self._row_shape, layout, size)
+            if blocks is None:
+                return replace(self, mixed=True)
+            return replace(self, steps=0 if layout == "samples" else blocks, given=True)
+        told = self._told(size, batch)
+        several = size > 1 and self._row_shape[:1] != (size,)
+        if layout == "mixed" or (layout == "unknown" and several and not told.given):
+            return replace(self, mixed=True)
+        return told
+
+    def _told(self, size: int, batch: Iterable[Tensor]) -> LossCall:
+        """The call with what the batch tells about its targets."""
         batch = list(batch)
         try:
             steps = next(filter(None, (self._steps_as_in(whole, size) for whole in batch)), 0)
@@ -104,8 +123,11 @@ class LossCall:
     def _steps_as_in(self, whole: Tensor, size: int) -> int:
         """The length of sequences if the targets are those of a tensor, but time-major; -1 if they lie as there do."""
         target, valid = self.target.reshape(-1), self._valid
-        if whole.layout is not torch.strided or whole.dim() < 2 or len(whole) != size or whole.device != target.device:
+        alike = whole.layout is torch.strided and whole.device == target.device
+        if not alike or whole.dim() < 1 or len(whole) != size:
             return 0
+        if whole.dim() == 1:  # one target for all steps
+            return self._repeated(whole, target, size)
         for skipped, part in ((0, whole), (1, whole[:, 1:]), (1, whole[:, :-1])):
             steps = whole.shape[1] - skipped
             if steps < 2 or part.numel() != target.numel():
@@ -115,6 +137,14 @@ class LossCall:
                 if bool(same.all()):
                     return answer
         return 0
+
+    @staticmethod
+    def _repeated(whole: Tensor, target: Tensor, size: int) -> int:
+        steps = target.numel() // size
+        if steps < 2 or target.numel() % size:
+            return 0
+        together, apart = (target.reshape(size, steps) == whole[:, None]), target.reshape(steps, size) == whole
+        return -1 if bool(together.all()) else steps if bool(apart.all()) else 0
 
     def per_sample(self, size: int, *, weighted: bool = True) -> Tensor | None:
         """Loss of every sample, shape (size,), differentiable, in float32 or wider.
@@ -128,11 +158,11 @@ class LossCall:
         """
         if self._compares_samples(size):
             return None
-        return self._mean(self._rows, self._weights if weighted else None, size)
+        return self._mean(self.rows, self._weights if weighted else None, size)
 
     def terms(self, size: int, *, weighted: bool = True) -> LossTerms | None:
         """What the rows of every sample add to its loss; None if that is one row as it is, or rows fit no sample."""
-        rows, weights = self._by_sample(self._rows, size), self._weights
+        rows, weights = self._by_sample(self.rows, size), self._weights
         if rows is None:
             return None
         if weights is not None and weights.dtype != torch.bool:
@@ -153,8 +183,8 @@ class LossCall:
         """
         if self._compares_samples(size):
             return None
-        factor = torch.as_tensor(factor, device=self._rows.device).detach().to(self._rows).expand_as(self._rows)
-        rows = self._by_sample((self._rows * factor).masked_fill(factor == 0, 0.0), size)
+        factor = torch.as_tensor(factor, device=self.rows.device).detach().to(self.rows).expand_as(self.rows)
+        rows = self._by_sample((self.rows * factor).masked_fill(factor == 0, 0.0), size)
         weights = self._by_sample(factor if self._weights is None else factor * self._weights, size)
         return None if rows is None or weights is None else (rows, weights)
 
@@ -163,7 +193,7 @@ class LossCall:
         """What the rows' sum is multiplied by to give the result."""
         if self.reduction != "mean":
             return 1.0
-        return 1 / (self._rows.numel() if self._weights is None else self._weights.sum())
+        return 1 / (self.rows.numel() if self._weights is None else self._weights.sum())
 
     def correct(self, size: int) -> Tensor | None:
         """Share of rows whose largest logit is the target's.
@@ -191,13 +221,17 @@ class LossCall:
 
         Rows of tokens and pixels are left out: a vocabulary's logits for a whole split would not fit into memory.
         """
-        plain = self.options.get("weight") is None and not self.options.get("label_smoothing")
+        plain = not self.mixed and self.options.get("weight") is None and not self.options.get("label_smoothing")
         if not (self._has_classes and plain and self.input.dim() == 2 and self.target.shape == (size,)):
             return None
         return self.input.detach() if self._valid is None else None
 
+    @property
+    def _row_shape(self) -> tuple[int, ...]:
+        return tuple(self.target.shape if self._has_classes else self.input.shape)
+
     @cached_property
-    def _rows(self) -> Tensor:
+    def rows(self) -> Tensor:
         """The loss without reduction."""
         options = {name: _widened(value) for name, value in self.options.items()}
         return self.function(_widened(self.input), _widened(self.target), **options, reduction="none")
@@ -219,6 +253,8 @@ class LossCall:
 
         That is a square of all with all, the samples' numbers among more, or the first of all others.
         """
+        if self.mixed:
+            return True
         if self.given or self.input.dim() != 2 or size < 2 or len(self.input) % size:
             return False
         (rows, columns), target = self.input.shape, self.target
@@ -244,7 +280,7 @@ class LossCall:
         if weight is None or self.function not in {*CLASSIFIERS, *WEIGHTED}:
             return valid
         if self.function in WEIGHTED:
-            return torch.as_tensor(weight, device=self._rows.device)
+            return torch.as_tensor(weight, device=self.rows.device)
         if not self._has_classes:
             return None
         weights: Tensor = _widened(weight)[(self.target if valid is None else self.target.where(valid, 0)).long()]

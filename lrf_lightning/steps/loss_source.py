@@ -17,9 +17,9 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lrf_lightning.solver.running.batch_contents import batch_size, own_copy, tensors
+from lrf_lightning.solver.running.state import restored_state
 from lrf_lightning.steps.loss_calls import LossCall
 from lrf_lightning.steps.loss_explanation import Combination, combination, was_compiling
+from lrf_lightning.steps.row_layout import Layout, row_layouts
 from lrf_lightning.steps.step_record import StepRecord, run_step
 
 __all__ = ["LossSource", "can_be_run", "combination_in", "find_source", "required_loss"]
@@ -48,11 +50,19 @@ class LossSource:
         step: name of the method.
         place: ``returned``, ``call`` or the name of a logged value.
         combined: whether it is a sum of watched calls, so that they have to be traced.
+        layouts: of the rows of every watched call; empty if they could not be found out.
     """
 
     step: str
     place: str
     combined: bool = False
+    layouts: tuple[Layout, ...] = ()
+
+    def arranged(self, calls: Sequence[LossCall], size: int, batch: Iterable[Tensor]) -> list[LossCall]:
+        """The calls of a step, with what is known about their rows; see :meth:`LossCall.arranged`."""
+        known: tuple[Layout, ...] = self.layouts if len(self.layouts) == len(calls) else ("unknown",) * len(calls)
+        batch = list(batch)
+        return [call.arranged(size, batch, layout) for call, layout in zip(calls, known, strict=True)]
 
 
 def find_source(module: LightningModule, batch: Any) -> LossSource:
@@ -76,10 +86,11 @@ def find_source(module: LightningModule, batch: Any) -> LossSource:
             if loss is not None and loss.requires_grad:
                 if problems and is_overridden("validation_step", module):
                     rank_zero_warn(f"The loss is taken from {step} ({place}), since {'; '.join(problems)}")
-                calls = [call.arranged(size, given) for call in record.calls]
+                source = LossSource(step, place, layouts=_layouts(module, step, batch, size))
+                calls = source.arranged(record.calls, size, given)
                 with torch.enable_grad():
                     found = combination_in(record, calls, loss, size, check=True)
-                return LossSource(step, place, combined=found is not None and not found.is_mean)
+                return replace(source, combined=found is not None and not found.is_mean)
         problems.append(f"{step} returned {_described(record.returned)}{_ambiguous(step, record)}")
     raise ValueError(
         f"no step of {type(module).__name__} gives a floating-point scalar loss that gradients flow through "
@@ -98,6 +109,27 @@ def _first_record(module: LightningModule, step: str, batch: Any) -> StepRecord:
             if not was_compiling(error):
                 raise
             return run_step(module, step, own_copy(batch))
+
+
+def _layouts(module: LightningModule, step: str, batch: Any, size: int) -> tuple[Layout, ...]:
+    """How the rows of the losses that a step calls belong to samples."""
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    if torch.is_autocast_enabled(module.device.type):
+        dtypes.add(torch.get_autocast_dtype(module.device.type))
+
+    def rows_of(batch: Any) -> list[Tensor | None]:
+        with restored_state(module):
+            return [_rows(call) for call in run_step(module, step, own_copy(batch)).calls]
+
+    with torch.no_grad():
+        return row_layouts(rows_of, batch, size, max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0))
+
+
+def _rows(call: LossCall) -> Tensor | None:
+    try:
+        return call.rows
+    except Exception:  # what was called in a function transform cannot be called again
+        return None
 
 
 def _places(step: str, record: StepRecord) -> Iterator[str]:

@@ -180,7 +180,7 @@ def _output(record: StepRecord, source: LossSource, size: int, given: list[Tenso
     found_loss = required_loss(record, source)
     loss = found_loss.reshape(()) if found_loss.numel() == 1 else found_loss
     finite = bool(torch.isfinite(loss).all())
-    calls = [call.arranged(size, given) for call in record.calls]
+    calls = source.arranged(record.calls, size, given)
     found = explanation(calls, loss, size) if loss.dim() == 0 else None
     if found is not None:
         logits = found.call.logits(size)

@@ -6,14 +6,14 @@ import copy
 import dataclasses
 import logging
 from collections import UserDict
-from collections.abc import Iterator, Mapping
-from numbers import Integral
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["batch_size", "own_copy", "tensors", "to_device"]
+__all__ = ["batch_size", "own_copy", "picked", "tensors", "to_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -122,23 +122,26 @@ def _moved(batch: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
             own = batch.detach().to(device, copy=True)
             known[id(batch)] = own.requires_grad_() if batch.requires_grad else own
         return known[id(batch)]
-    if isinstance(batch, (dict, UserDict)):
-        return _filled(batch, {key: _moved(value, device, known) for key, value in batch.items()})
-    if hasattr(batch, "to") and not isinstance(batch, nn.Module):
+    of_users = hasattr(batch, "to") and not isinstance(batch, (dict, UserDict, nn.Module))
+    if of_users:
         return own_copy(batch).to(device)
-    if isinstance(batch, Mapping):
-        return _filled(batch, {key: _moved(value, device, known) for key, value in batch.items()})
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device, known) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_moved(value, device, known) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        moved = copy.copy(batch)
-        for item in dataclasses.fields(batch):
-            # the way around __init__ and frozen
-            object.__setattr__(moved, item.name, _moved(getattr(batch, item.name), device, known))
-        return moved
+    if _is_container(batch):
+        return _rebuilt(batch, [_moved(value, device, known) for value in _members(batch)])
     return own_copy(batch)
+
+
+def _rebuilt(container: Any, values: Sequence[Any]) -> Any:
+    """A container with other members, in the order of :func:`_members`."""
+    if isinstance(container, Mapping):
+        return _filled(container, dict(zip(container, values, strict=True)))
+    if isinstance(container, tuple) and hasattr(container, "_fields"):
+        return type(container)(*values)
+    if isinstance(container, (list, tuple)):
+        return type(container)(values)
+    changed = copy.copy(container)
+    for item, value in zip(dataclasses.fields(container), values, strict=True):
+        object.__setattr__(changed, item.name, value)  # the way around __init__ and frozen
+    return changed
 
 
 def _filled(mapping: Any, values: dict[Any, Any]) -> Any:
@@ -156,6 +159,30 @@ def _filled(mapping: Any, values: dict[Any, Any]) -> Any:
         return values
 
 
+def picked(batch: Any, index: Sequence[int], *, whole: bool = True) -> tuple[Any, bool]:
+    """A nested batch with other of its samples, and whether all that is in it was that of samples.
+
+    Args:
+        batch: a batch, or a part of it.
+        index: for every place the number of the sample that comes there, as many as the batch has samples.
+        whole: whether it is the batch itself, whose parts are not samples.
+    """
+    if isinstance(batch, Tensor):
+        if batch.dim() == 0:
+            return batch, True
+        if batch.layout is not torch.strided or len(batch) != len(index):
+            return batch, False
+        return batch.detach()[list(index)], True
+    if not _is_container(batch):
+        return batch, batch is None or isinstance(batch, (str, bytes, Number))
+    members = list(_members(batch))
+    listed = isinstance(batch, (list, tuple)) and not whole and len(members) == len(index)
+    if listed and not any(isinstance(part, Tensor) and part.shape[:1] == (len(index),) for part in members):
+        return _rebuilt(batch, [members[i] for i in index]), True
+    parts = [picked(part, index, whole=False) for part in members]
+    return _rebuilt(batch, [part for part, _ in parts]), all(complete for _, complete in parts)
+
+
 def tensors(batch: Any) -> Iterator[Tensor]:
     """All tensors of a nested batch, in the order in which they stand there; the user's own objects are not opened."""
     if isinstance(batch, Tensor):
@@ -165,12 +192,17 @@ def tensors(batch: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
+def _is_container(value: Any) -> bool:
+    of_fields = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return isinstance(value, (Mapping, list, tuple)) or of_fields
+
+
 def _members(batch: Any) -> Iterator[Any]:
     """What a container holds, nothing for other values."""
     if isinstance(batch, Mapping):
         yield from batch.values()
     elif isinstance(batch, (list, tuple)):
         yield from batch
-    elif dataclasses.is_dataclass(batch):
+    elif _is_container(batch):
         for item in dataclasses.fields(batch):
             yield getattr(batch, item.name)
