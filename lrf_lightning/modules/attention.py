@@ -3,8 +3,8 @@
 ``nn.MultiheadAttention`` hands its weights to a function instead of calling layers; nothing can be observed or replaced
 inside. :class:`SplitAttention` computes the same from the layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
 
-What torch's fused inference paths do besides is not imitated: nested tensors are not supported, and with a padding mask
-the outputs at padded positions are not set to zero.
+Nested tensors, which torch's fused inference paths use, are not supported; see
+:mod:`lrf_lightning.surgery.padded_outputs`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from lrf_lightning.modules import LowRankModule, SplitAttention
 from lrf_lightning.surgery.extras import carry_extras
 from lrf_lightning.surgery.kinds import LOW_RANK_OF, attention_objection, kind_objection, low_rank_type, weight_owners
 from lrf_lightning.surgery.module_hooks import carry_hooks
+from lrf_lightning.surgery.padded_outputs import imitate_nested_tensors, use_nested_tensors
 from lrf_lightning.surgery.references import refer_to
 from lrf_lightning.surgery.tied_keys import rename_tied_keys
 
@@ -199,14 +200,9 @@ def _split(model: nn.Module, attentions: Iterable[nn.Module]) -> None:
 def _set_nested_tensors(model: nn.Module) -> None:
     """Switch nested tensors off in encoders with split attention, which cannot take them, and on again without."""
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoder):
-            continue
-        if any(isinstance(inner, SplitAttention) for inner in module.modules()):
-            if getattr(module, "use_nested_tensor", False):
-                module.use_nested_tensor = False
-                module._nested_tensor_when_packed = True  # type: ignore[assignment]
-        elif module.__dict__.pop("_nested_tensor_when_packed", False):
-            module.use_nested_tensor = True
+        if isinstance(module, nn.TransformerEncoder):
+            split = any(isinstance(inner, SplitAttention) for inner in module.modules())
+            (imitate_nested_tensors if split else use_nested_tensors)(module)
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

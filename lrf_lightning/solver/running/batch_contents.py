@@ -122,8 +122,7 @@ def _moved(batch: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
             own = batch.detach().to(device, copy=True)
             known[id(batch)] = own.requires_grad_() if batch.requires_grad else own
         return known[id(batch)]
-    of_users = hasattr(batch, "to") and not isinstance(batch, (dict, UserDict, nn.Module))
-    if of_users:
+    if not isinstance(batch, (dict, UserDict, nn.Module)) and hasattr(batch, "to"):
         return own_copy(batch).to(device)
     if _is_container(batch):
         return _rebuilt(batch, [_moved(value, device, known) for value in _members(batch)])

@@ -19,6 +19,7 @@ from operator import is_, itemgetter
 from types import CellType, FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -45,7 +46,7 @@ class Attributes:
     """The attributes of all modules of a model as they are now, and the contents of containers in them."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [module for module in model.modules() if not _is_lazy(module)]
+        modules = [module for module in model.modules() if _is_watched(module)]
         found: dict[int, tuple[Any, bool]] = {}
         for module in modules:
             values = [value for name, value in module.__dict__.items() if name not in COMMON]
@@ -227,9 +228,11 @@ def _is_filled(cell: CellType) -> bool:
         return False
 
 
-def _is_lazy(module: nn.Module) -> bool:
-    """Whether the first pass will make another layer of a module."""
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+def _is_watched(module: nn.Module) -> bool:
+    """Whether the attributes of a module are its own: the first pass makes another layer of one that is still lazy."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return not (isinstance(module, LazyModuleMixin) and module.has_uninitialized_params())
 
 
 def _views(container: Any) -> tuple[Any, ...]:
