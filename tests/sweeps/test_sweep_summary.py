@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import io
+import subprocess
+import sys
 
 import pytest
 from readable import assert_readable
@@ -148,3 +150,49 @@ def test_the_callback_never_fails_a_sweep(tmp_path, caplog):
 
     SweepSummary().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "gone")}}}))
     assert "could not be summed up" in caplog.text
+
+
+APP = """
+import hydra
+
+@hydra.main(version_base="1.3", config_path=None, config_name="config")
+def main(cfg):
+    1 / cfg.number
+
+def app():
+    from hydra.core.config_store import ConfigStore
+    summary = {"_target_": "lrf_lightning.sweeps.callback.SweepSummary"}
+    hydra = {"callbacks": {"summary": summary}, "sweep": {"dir": "jobs"}, "job": {"chdir": True}}
+    ConfigStore.instance().store("config", {"number": 1, "hydra": hydra})
+    main()
+
+app()
+"""
+
+
+def test_a_sweep_with_a_job_that_failed_is_summed_up_too(tmp_path):
+    (tmp_path / "app.py").write_text(APP)
+    command = [sys.executable, "app.py", "-m", "number=1,0,2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "Sweep: 3 jobs" in done.stdout
+    with (tmp_path / "jobs" / "sweep.csv").open(newline="") as file:
+        assert [row["number"] for row in csv.DictReader(file)] == ["1", "0", "2"]
+
+
+def test_a_sweep_is_summed_up_once_and_only_if_a_job_began(tmp_path, monkeypatch, caplog, capsys):
+    from omegaconf import OmegaConf
+
+    at_exit = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    monkeypatch.setattr("atexit.unregister", at_exit.remove)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": "."}}})
+    callback = SweepSummary()
+    callback.on_multirun_start(config)
+    at_exit[0]()
+    assert not caplog.text
+    write_job(tmp_path / "0", ["seed=0"], None)
+    callback.on_multirun_end(config)
+    assert "Sweep: 1 jobs" in capsys.readouterr().out
+    assert not at_exit
