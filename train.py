@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import instantiate, to_absolute_path
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -36,6 +37,8 @@ from lrf_lightning.wandb_logging.group import grouped_by_sweep
 # parts of the config that do not decide the training
 AFTER_TRAINING = ("cache_dir", "compress_margins", "logger", "optimized_metric", "paths", "task_name", "test", "train")
 
+WORDS_FOR_CHECKPOINTS = ("best", "last", "hpc", "registry")
+
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run everything that the config asks for.
@@ -51,6 +54,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: if the config asks for something that cannot be.
     """
     _check(cfg)
+    cfg = cfg.copy()
+    cfg.ckpt_path = _from_the_start(cfg.ckpt_path)
     with _threads(cfg.threads):
         return _run(cfg)
 
@@ -113,8 +118,9 @@ def _train(
 ) -> bool:
     """Train, or load what was trained; says whether there was a fit, at whose end the compression works by itself."""
     cache = _cache_folder(cfg)
-    if compression is not None and compression.cache_dir is None:
-        compression.cache_dir = cache
+    if compression is not None:
+        own = compression.cache_dir
+        compression.cache_dir = cache if own is None else Path(to_absolute_path(str(own)))
     if not cfg.train:
         # loads the checkpoint and tells the trainer its data
         trainer.validate(model, datamodule=datamodule, ckpt_path=_to_load(cfg), verbose=False)
@@ -140,10 +146,20 @@ def _train(
 def _cache_folder(cfg: DictConfig) -> Path | None:
     """Where trained weights and calibrations are shared: the folder of the sweep, if there is one."""
     if cfg.cache_dir != "sweep":
-        return None if cfg.cache_dir is None else Path(cfg.cache_dir)
+        return None if cfg.cache_dir is None else Path(to_absolute_path(cfg.cache_dir))
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    return Path(HydraConfig.get().sweep.dir).absolute() / "cache"
+    return Path(to_absolute_path(HydraConfig.get().sweep.dir)) / "cache"
+
+
+def _from_the_start(checkpoint: str | None) -> str | None:
+    """The whole path of a file, seen from where the user has started, which hydra.job.chdir leaves.
+
+    Words that Lightning knows, such as ``last``, and URLs stay.
+    """
+    if checkpoint is None or "://" in checkpoint or checkpoint.partition(":")[0] in WORDS_FOR_CHECKPOINTS:
+        return checkpoint
+    return to_absolute_path(os.path.expanduser(checkpoint))
 
 
 def _training_settings(cfg: DictConfig) -> dict[str, Any]:

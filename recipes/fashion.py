@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hydra.utils import to_absolute_path
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -58,7 +59,7 @@ def read_images(part: str, folder: str | None = None) -> tuple[Tensor, Tensor]:
         FileNotFoundError: if the files are in none of the folders.
     """
     folders = [folder] if folder else [*filter(None, [os.environ.get("FASHION_MNIST")]), *FOLDERS]
-    for place in map(Path, folders):
+    for place in map(Path, map(to_absolute_path, folders)):  # hydra.job.chdir changes the folder
         images, labels = (_find(place / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
         if images and labels:
             pixels = torch.from_numpy(_read(images).astype(np.float32)).div(255)
@@ -120,7 +121,7 @@ class FashionMNIST(SplitDataModule):
                 raise
             from torchvision.datasets import FashionMNIST as Published
 
-            Published("data", download=True)
+            Published(to_absolute_path("data"), download=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Cut the training images into four splits, the same for every stage.

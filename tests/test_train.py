@@ -1,6 +1,7 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +160,20 @@ def test_group_taken_for_a_string(composed):
 def test_no_training_needs_a_checkpoint(composed):
     with pytest.raises(ValueError, match="train=false needs a trained model; add ckpt_path=PATH"):
         application.train(composed("train=false"))
+
+
+def test_paths_are_by_the_folder_of_the_start(composed, tmp_path, monkeypatch):
+    cfg, seen = composed("cache_dir=cache", "ckpt_path=some/last.ckpt"), []
+    (tmp_path / "job").mkdir()
+    monkeypatch.chdir(tmp_path / "job")  # as with hydra.job.chdir=true
+    monkeypatch.setattr(application, "_run", lambda cfg: seen.append(cfg))
+    application.train(cfg)
+    assert seen[0].ckpt_path == str(tmp_path / "some" / "last.ckpt")
+    assert cfg.ckpt_path == "some/last.ckpt"
+    assert application._cache_folder(cfg) == tmp_path / "cache"
+    assert application._from_the_start("~/last.ckpt") == str(Path("~/last.ckpt").expanduser())
+    for known in (None, "last", "registry", "registry:mine", "s3://bucket/last.ckpt", "/a/last.ckpt"):
+        assert application._from_the_start(known) == known
 
 
 def test_objective():

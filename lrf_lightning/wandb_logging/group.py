@@ -34,7 +34,8 @@ def _sweep() -> str | None:
     """The last two parts of the sweep's folder, such as ``digits/2030-01-31_12-00-00``; None outside of a multirun."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from hydra.utils import to_absolute_path
 
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    return "/".join(Path(HydraConfig.get().sweep.dir).absolute().parts[-2:])
+    return "/".join(Path(to_absolute_path(HydraConfig.get().sweep.dir)).parts[-2:])

@@ -57,7 +57,7 @@ def shared(folder):
 
 
 def test_budgets_share_one_training_and_one_calibration(multirun):
-    rows, folder = multirun("+compress=budget", "callbacks.compress.keep=0.3,0.5,0.7")
+    rows, folder = multirun("+compress=budget", "callbacks.compress.keep=0.3,0.5,0.7", "hydra.job.chdir=true")
     assert [row["callbacks.compress.keep"] for row in rows] == ["0.3", "0.5", "0.7"]
     sizes = [float(row["params_model_after"]) for row in rows]
     assert sizes == sorted(set(sizes))

@@ -15,7 +15,8 @@ def job(monkeypatch):
     """The job of an application of Hydra."""
 
     def set_up(mode):
-        cfg = OmegaConf.create({"hydra": {"mode": mode, "sweep": {"dir": "multirun/digits/2030-01-31"}}})
+        sweep, runtime = {"dir": "multirun/digits/2030-01-31"}, {"cwd": os.getcwd()}
+        cfg = OmegaConf.create({"hydra": {"mode": mode, "sweep": sweep, "runtime": runtime}})
         monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
 
     return set_up
