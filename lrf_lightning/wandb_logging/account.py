@@ -41,10 +41,11 @@ def offline_without_account() -> bool:
 
 def _settings() -> dict[str, str]:
     """W&B's settings files: the user's, and on top of them that of the working folder."""
-    home = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    named = os.environ.get("WANDB_CONFIG_DIR")
+    users = [Path(named)] if named else _at_home("~/.config/wandb")
     folder = Path(os.environ.get("WANDB_DIR") or ".")
     values: dict[str, str] = {}
-    for path in (home / "settings", folder / "wandb" / "settings"):
+    for path in (*(place / "settings" for place in users), folder / "wandb" / "settings"):
         values |= _read_settings(path)
     return values
 
@@ -60,8 +61,13 @@ def _read_settings(path: Path) -> dict[str, str]:
 
 def _in_netrc(host: str) -> bool:
     named = os.environ.get("NETRC")
-    paths = [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    return any(_knows(path, host) for path in paths)
+    return any(_knows(path, host) for path in _at_home(*([named] if named else ["~/.netrc", "~/_netrc"])))
+
+
+def _at_home(*names: str) -> list[Path]:
+    """The paths whose ``~`` is known: a process in a container may be nobody, without a home."""
+    paths = (os.path.expanduser(name) for name in names)
+    return [Path(path) for path in paths if not path.startswith("~")]
 
 
 def _knows(path: Path, host: str) -> bool:

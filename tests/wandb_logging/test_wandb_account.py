@@ -60,6 +60,19 @@ def test_settings_files_give_server_and_mode(stranger, monkeypatch):
     assert not offline_without_account()
 
 
+def test_a_process_without_a_home_has_no_account(monkeypatch, tmp_path):
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "USERPROFILE", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert offline_without_account()
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", "~/accounts")
+    assert offline_without_account()
+
+
 @pytest.mark.parametrize("text", ["machine", "\udcff"])
 def test_damaged_files_are_no_account(stranger, monkeypatch, text):
     (stranger / ".netrc").write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -25,6 +25,7 @@ VARIABLE = "LRF_LIGHTNING_CACHE"
 
 _log = logging.getLogger(__name__)
 _memory: dict[Path | None, dict[str, dict[str, Any]]] = {}
+_unwritable: set[Path] = set()
 
 
 def folder() -> Path | None:
@@ -32,7 +33,10 @@ def folder() -> Path | None:
     named = os.environ.get(VARIABLE)
     if named == "":
         return None
-    return Path(named) if named is not None else user_cache_path("lrf_lightning")
+    if named is not None:
+        return Path(named)
+    place = user_cache_path("lrf_lightning")
+    return place if place.is_absolute() else None  # as for a user without a home
 
 
 def look_up(key: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -67,6 +71,9 @@ def keep(key: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
         content = json.dumps({"key": key, "figures": figures}, indent=1)
         write_bytes(place / f"latency-{digest}.json", content.encode())
     except OSError as error:
+        if place in _unwritable:  # every layer would say it
+            return
+        _unwritable.add(place)
         _log.info("Durations of layers are kept in memory only: %s", error)
 
 

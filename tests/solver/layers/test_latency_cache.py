@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,22 @@ def test_a_folder_that_cannot_be_written_costs_nothing(folder, monkeypatch):
     assert latency_cache.look_up(KEY) == FIGURES
     forget(monkeypatch)
     assert latency_cache.look_up(KEY) is None
+
+
+def test_a_folder_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(latency_cache.VARIABLE, str(tmp_path / "file" / "figures"))
+    for number in range(3):
+        latency_cache.keep(KEY | {"shape": [number]}, FIGURES)
+        assert latency_cache.look_up(KEY | {"shape": [number]}) == FIGURES
+    assert caplog.text.count("kept in memory only") == 1
+
+
+def test_without_a_home_there_is_no_folder(monkeypatch):
+    monkeypatch.delenv(latency_cache.VARIABLE)
+    monkeypatch.setattr(latency_cache, "user_cache_path", lambda name: Path("~/.cache") / name)
+    assert latency_cache.folder() is None
 
 
 def test_an_empty_variable_means_memory_only(tmp_path, monkeypatch):
