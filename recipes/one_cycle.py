@@ -11,6 +11,25 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 __all__ = ["one_cycle"]
 
 
+class OneCycle(torch.optim.lr_scheduler.OneCycleLR):
+    """A cycle that says why a training cannot be prolonged, instead of failing at the first step too many."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint ends.
+
+        Raises:
+            ValueError: if its training was planned to be shorter.
+        """
+        planned = state_dict["total_steps"]
+        if planned < self.total_steps:
+            raise ValueError(
+                f"the checkpoint comes from a training of {planned} steps, at whose end the learning rate is 0, and "
+                f"cannot be prolonged to {self.total_steps}. Go on with the trainer.max_epochs that it was begun with, "
+                "or train anew, without ckpt_path"
+            )
+        super().load_state_dict(state_dict)
+
+
 def one_cycle(
     module: LightningModule, parameters: Any, learning_rate: float, weight_decay: float
 ) -> OptimizerLRScheduler:
@@ -23,7 +42,5 @@ def one_cycle(
         weight_decay: share of the weights that a step takes away, per unit of the learning rate.
     """
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=int(module.trainer.estimated_stepping_batches)
-    )
+    scheduler = OneCycle(optimizer, learning_rate, total_steps=int(module.trainer.estimated_stepping_batches))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
