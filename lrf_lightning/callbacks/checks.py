@@ -224,9 +224,10 @@ def check_loss(
 ) -> None:
     """Look for loss and score on a first batch, with copies of both, as the compression does after the training.
 
-    What is not found is warned about only, since a step may need what only a training makes. Nothing is done where the
-    compression gets its data from elsewhere, for lazy weights, and for sharded ones, where a backward pass would have
-    to follow.
+    What is not found is warned about only, since a step may need what only a training makes, and the splits may have
+    loaders of their own, which usually yield batches of the same kind; they are not touched, because workers would be
+    started and iterators used up. Nothing is done for lazy weights, and for sharded ones, where a backward pass would
+    have to follow.
 
     Args:
         trainer: in its sanity check.
@@ -235,9 +236,8 @@ def check_loss(
         score: see :class:`~lrf_lightning.steps.step_loss.StepLoss`.
         loaders: what was given for the splits, by name.
     """
-    others = any(loader is not None or has_loader(trainer, module, role) for role, loader in loaders.items())
     lazy = any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
-    if others or lazy or isinstance(trainer.strategy, ModelParallelStrategy):
+    if lazy or isinstance(trainer.strategy, ModelParallelStrategy):
         return
     with undisturbed(trainer):
         try:
@@ -249,8 +249,10 @@ def check_loss(
             with evaluation_mode(copies[0].to(device)):
                 StepLoss(trainer, score=score)(copies[0], to_device(copies[1], device))
         except Exception as error:
+            own = all(loader is not None or has_loader(trainer, module, role) for role, loader in loaders.items())
+            unless = ", unless the loaders of its splits yield batches of another kind" if own else ""
             rank_zero_warn(
-                f"LowRankCompression tried the first validation batch and may fail after the training: {error}"
+                f"LowRankCompression tried the first validation batch and may fail after the training{unless}: {error}"
             )
 
 

@@ -915,7 +915,10 @@ class TestBadArguments:
         assert self.told_in_the_sanity_check(Detector(), compression(), message)
         assert not self.told_in_the_sanity_check(Detector(), compression(loss=lambda m, b: m.loss(b)), "may fail")
         own = {role: loader(seed=seed) for seed, role in enumerate(("calibration", "selection", "verification"))}
-        assert not self.told_in_the_sanity_check(Detector(), compression(**own), "may fail"), "has other data"
+        unless = message.replace(":", ", unless the loaders of its splits yield batches of another kind:")
+        assert self.told_in_the_sanity_check(Detector(), compression(**own), unless)
+        del own["selection"]
+        assert self.told_in_the_sanity_check(Detector(), compression(**own), message), "a part of the validation data"
         assert not self.told_in_the_sanity_check(Classifier(), compression(strict=True), "may fail")
 
     def test_a_score_that_is_not_logged_is_told_in_the_sanity_check(self):
