@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from rich.text import Text
 from lrf_lightning import CompressionResult, LowRankCompression
 from lrf_lightning.best_checkpoint import best_checkpoint_path
 from lrf_lightning.best_effort import best_effort
+from lrf_lightning.solver.settings import check_flag
 from lrf_lightning.sweeps.training_cache import fit_once, source_files
 from lrf_lightning.wandb_logging.account import offline_without_account
 from lrf_lightning.wandb_logging.group import grouped_by_sweep
@@ -37,6 +40,9 @@ from lrf_lightning.wandb_logging.group import grouped_by_sweep
 # parts of the config that do not decide the training
 AFTER_TRAINING = ("cache_dir", "compress_margins", "logger", "optimized_metric", "paths", "task_name", "test", "train")
 
+FLAGS = ("train", "test", "pretrained", "trusted")
+MARGINS = ("loss", "score")
+LARGEST_SEED = 2**32 - 1  # of NumPy
 WORDS_FOR_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
 
@@ -202,10 +208,33 @@ def _check(cfg: DictConfig) -> None:
     missing = " ".join(f"{name}=VALUE" for name in sorted(cfg) if OmegaConf.is_missing(cfg, name))
     if missing:
         raise ValueError(f"{missing} is missing; what it means is said in conf/recipe/{cfg.task_name}.yaml")
-    if cfg.threads is not None and not (isinstance(cfg.threads, int) and cfg.threads > 0):
+    for name in FLAGS:
+        check_flag(name, cfg.get(name, False))
+    if cfg.threads is not None and not _is_whole(cfg.threads, 1):
         raise ValueError(f"threads={cfg.threads!r} is no number of threads; give 1 or more, or null")
+    if not _is_whole(cfg.seed, 0, LARGEST_SEED):
+        raise ValueError(f"seed={cfg.seed!r} is no seed; give a whole number from 0 to {LARGEST_SEED}")
+    for name in ("cache_dir", "ckpt_path"):
+        if not isinstance(cfg[name], (str, type(None))):
+            raise ValueError(f"{name}={cfg[name]!r} is no path; give a path, such as ./{cfg[name]}, or null")
+    _check_margins(cfg.get("compress_margins"))
     if not cfg.train and not cfg.pretrained and cfg.ckpt_path is None:
         raise ValueError("train=false needs a trained model; add ckpt_path=PATH of a checkpoint")
+
+
+def _check_margins(margins: Any) -> None:
+    """Find names that none of the callback's margins is taken from."""
+    if not isinstance(margins, (DictConfig, type(None))):
+        raise ValueError(f"compress_margins={margins!r} holds no names; give {{loss: ..., score: ...}}")
+    for name in margins or ():
+        if name not in MARGINS:
+            near = get_close_matches(str(name), MARGINS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"compress_margins.{name} is unknown, allowed are {', '.join(MARGINS)}{hint}")
+
+
+def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _check_objective(cfg: DictConfig, untested: str) -> None:

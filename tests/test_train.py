@@ -111,10 +111,32 @@ def test_the_small_recipe_uses_one_thread_and_the_next_job_as_many_as_before(com
     assert used == [1, 3, 2]
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", "many", "1.5"])
+@pytest.mark.parametrize("threads", ["0", "-1", "many", "1.5", "true"])
 def test_number_of_threads_that_cannot_be(composed, threads):
     with pytest.raises(ValueError, match=r"threads=.* is no number of threads; give 1 or more, or null"):
         application.train(composed(f"threads={threads}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train=no", "train='no' is neither True nor False"),
+        ("test=off", "test='off' is neither True nor False"),
+        ("pretrained=0", "pretrained=0 is neither True nor False"),
+        ("+trusted=no", "trusted='no' is neither True nor False"),
+        ("seed=null", "seed=None is no seed; give a whole number from 0 to 4294967295"),
+        ("seed=abc", "seed='abc' is no seed"),
+        ("seed=-1", "seed=-1 is no seed"),
+        ("seed=true", "seed=True is no seed"),
+        ("cache_dir=5", "cache_dir=5 is no path; give a path, such as ./5, or null"),
+        ("ckpt_path=5", "ckpt_path=5 is no path"),
+        ("+compress_margins.los=0.1", "compress_margins.los is unknown, allowed are loss, score; did you mean loss"),
+        ("compress_margins=0.1", "compress_margins=0.1 holds no names"),
+    ],
+)
+def test_values_that_would_be_misread_or_noticed_late(composed, override, message):
+    with pytest.raises(ValueError, match=message):
+        application.train(composed(override))
 
 
 def test_without_compression_nothing_is_said_about_it(composed, capsys):

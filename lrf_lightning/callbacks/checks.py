@@ -56,7 +56,15 @@ CONSOLIDATE: dict[type[Any], str] = {
 SHARDED: tuple[type[Any], ...] = (*CONSOLIDATE, ModelParallelStrategy)
 
 
-def check_arguments(*, loss: Any, score: Any, weights: Any, dirpath: Any, loaders: dict[str, Any]) -> None:
+def check_arguments(
+    *,
+    loss: Any,
+    score: Any,
+    weights: Any,
+    dirpath: Any,
+    cache_dir: Any,
+    loaders: Mapping[str, Any],
+) -> None:
     """Check the types and choices of arguments that are not settings of the solver.
 
     Raises:
@@ -75,8 +83,9 @@ def check_arguments(*, loss: Any, score: Any, weights: Any, dirpath: Any, loader
         raise MisconfigurationException(
             f"score={score!r} is neither a callable score(module, batch) nor the name of a logged value, like 'val/acc'"
         )
-    if dirpath is not None and not isinstance(dirpath, (str, os.PathLike)):
-        raise MisconfigurationException(f"dirpath={dirpath!r} is no path; give a folder, or None for the log folder")
+    for name, folder, none in (("dirpath", dirpath, "the log folder"), ("cache_dir", cache_dir, "nothing to share")):
+        if folder is not None and not isinstance(folder, (str, os.PathLike)):
+            raise MisconfigurationException(f"{name}={folder!r} is no path; give a folder, or None for {none}")
     if dirpath is not None:
         try:
             safe_files.is_remote(dirpath)

@@ -57,6 +57,7 @@ from lrf_lightning.solver.settings import (
     Prediction,
     Settings,
     SpeedRuntime,
+    check_flag,
 )
 from lrf_lightning.steps.step_loss import Score, StepLoss
 from lrf_lightning.wandb_logging.fork import finish_before_exit
@@ -68,6 +69,7 @@ __all__ = ["LowRankCompression"]
 
 logger = logging.getLogger(__name__)
 
+FLAGS = ("in_place", "save", "save_points", "log_artifact", "strict")  # arguments that are not the solver's
 MOST_IMAGES = 64  # of samples on which the models disagree
 
 
@@ -137,7 +139,8 @@ class LowRankCompression(Callback):
             are left are both measured.
         range_factor: largest ratio of measured to predicted change inside the perturbation range.
         rows_per_feature: sampled input rows per input dimension of a layer.
-        rank_multiple: ranks are rounded to a multiple of this; None is 8 on CUDA and 1 elsewhere.
+        rank_multiple: ranks are rounded to a multiple of this; None is 8 on CUDA and with ``cost="latency"``, and 1
+            elsewhere.
         memory_gib: GiB that statistics may take on every process, half-finished passes again, and copies again.
         include: shell patterns on module names; empty means all.
         exclude: shell patterns on module names that are left alone.
@@ -216,12 +219,16 @@ class LowRankCompression(Callback):
         arguments = locals()
         try:
             self.settings = Settings(**{f.name: arguments[f.name] for f in dataclasses.fields(Settings)})
+            for name in FLAGS:
+                check_flag(name, arguments[name])
         except ValueError as error:
             raise MisconfigurationException(f"LowRankCompression: {error}") from error
         for ignored in self.settings.without_effect:
             rank_zero_warn(f"LowRankCompression: {ignored}")
         self.loaders: dict[str, Any] = {role: arguments[role] for role in ROLES}
-        checks.check_arguments(loss=loss, score=score, weights=weights, dirpath=dirpath, loaders=self.loaders)
+        checks.check_arguments(
+            loss=loss, score=score, weights=weights, dirpath=dirpath, cache_dir=cache_dir, loaders=self.loaders
+        )
         self.loss, self.score, self.weights = loss, score, weights
         self.dirpath = None if dirpath is None else safe_files.path_or_url(dirpath)
         self.in_place, self.save, self.log_artifact, self.strict = in_place, save, log_artifact, strict

@@ -30,6 +30,7 @@ from lrf_lightning.solver.factors.factorization import decomposition_cost
 from lrf_lightning.solver.layers.spectra import Spectrum, spectrum
 from lrf_lightning.solver.predictions.forecast import Forecast, forecast
 from lrf_lightning.solver.running.batch_contents import batch_size
+from lrf_lightning.solver.settings import check_flag, checked_patterns
 from lrf_lightning.steps.step_loss import StepLoss
 from lrf_lightning.surgery import find_layers
 from lrf_lightning.wandb_logging.fork import finish_before_exit
@@ -101,11 +102,16 @@ class RankMonitor(Callback):
         for name, count in (("every_n_epochs", every_n_epochs), ("samples", samples)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise MisconfigurationException(f"RankMonitor: {name}={count!r} must be a whole number of at least 1")
-        if not 0 < max_share <= 1:
+        if isinstance(max_share, bool) or not isinstance(max_share, (int, float)) or not 0 < max_share <= 1:
             raise MisconfigurationException(f"RankMonitor: max_share={max_share!r} must lie in (0, 1]")
         self.every_n_epochs, self.max_share, self.samples = every_n_epochs, max_share, samples
+        try:
+            for name, flag in (("predict", predict), ("picture", picture)):
+                check_flag(name, flag)
+            self.include, self.exclude = checked_patterns("include", include), checked_patterns("exclude", exclude)
+        except ValueError as error:
+            raise MisconfigurationException(f"RankMonitor: {error}") from error
         self.predict, self.picture = predict, picture
-        self.include, self.exclude = tuple(include), tuple(exclude)
         self.history: dict[int, dict[str, Spectrum]] = {}
         self._clock = Clock({})
         self._folder = ""

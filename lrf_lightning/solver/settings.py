@@ -23,6 +23,8 @@ __all__ = [
     "Prediction",
     "Settings",
     "SpeedRuntime",
+    "check_flag",
+    "checked_patterns",
     "default_loss_margin",
 ]
 
@@ -170,12 +172,11 @@ class Settings:
         for name in ("refinements", "min_params", "seed"):
             _check_whole(name, getattr(self, name), 0)
         for name in ("include", "exclude", "types", "exclude_types"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_patterns(name, getattr(self, name)))
         if self.predicate is not None and not callable(self.predicate):
             raise ValueError(f"predicate={self.predicate!r} is no callable; give predicate(name, module) or None")
         for name in ("probes", "compensation", "batch_norm", "frozen"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
+            check_flag(name, getattr(self, name))
 
     @property
     def without_effect(self) -> list[str]:
@@ -211,6 +212,40 @@ OF_OBJECTIVE: dict[str, Objective] = {
 def default_loss_margin(dense_loss: float) -> float:
     """The larger of 2 % of the original's loss and 0.005."""
     return max(0.02 * abs(dense_loss), 0.005)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Ask for True or False.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given. A word would count as true, whatever it says.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"{name}={value!r} is neither True nor False; give one of them, and no words such as yes, no, on and off, "
+            "which Hydra hands on as text"
+        )
+
+
+def checked_patterns(name: str, value: object) -> tuple[str, ...]:
+    """Patterns as a tuple; a single one may be given as a string.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise ValueError(f"{name}={value!r} is not a list of patterns such as ['head', 'blocks.*']")
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -256,11 +291,3 @@ def _shares(name: str, value: object) -> tuple[float, ...]:
     for share in value:
         _check_number(f"{name}: {share!r}", share, above=0, most=1)
     return tuple(sorted({float(share) for share in value}, reverse=True))
-
-
-def _patterns(name: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    raise ValueError(f"{name}={value!r} is not a list of patterns such as ['head', 'blocks.*']")

@@ -115,7 +115,8 @@ def test_best_weights_need_checkpoints():
 
 def test_arguments_of_every_allowed_kind():
     for given in ("val_dataloader", [torch.ones(2)], iter([]), None):
-        checks.check_arguments(loss=len, score="val/acc", weights="best", dirpath="x", loaders={"selection": given})
+        fine = {"loss": len, "score": "val/acc", "weights": "best", "dirpath": "x", "cache_dir": "y"}
+        checks.check_arguments(**fine, loaders={"selection": given})
 
 
 def test_a_manual_training_step_alone_gives_no_loss():

@@ -826,6 +826,13 @@ class TestBadArguments:
             ({"export": "onx"}, "export='onx' is no list of formats; allowed are 'onnx', 'pt2'"),
             ({"export": ["pt2", 3]}, "is no list of formats"),
             ({"include": 3}, "include=3 is not a list of patterns"),
+            ({"cache_dir": 5}, "cache_dir=5 is no path"),
+            ({"probes": "no"}, "probes='no' is neither True nor False"),
+            *(
+                ({name: value}, f"{name}={value!r} is neither True nor False; give one of them")
+                for name in ("in_place", "save", "save_points", "log_artifact", "strict")
+                for value in ("no", 1, None)
+            ),
         ],
     )
     def test_construction(self, options, message):

@@ -192,11 +192,21 @@ def test_attention_and_patterns():
         ({"every_n_epochs": 0}, "every_n_epochs=0 must be a whole number of at least 1"),
         ({"samples": 1.5}, "samples=1.5 must be a whole number"),
         ({"max_share": 0}, r"max_share=0 must lie in \(0, 1\]"),
+        ({"max_share": "0.1"}, r"max_share='0.1' must lie in \(0, 1\]"),
+        ({"predict": "no"}, "RankMonitor: predict='no' is neither True nor False"),
+        ({"picture": 0}, "picture=0 is neither True nor False"),
+        ({"exclude": 3}, "exclude=3 is not a list of patterns"),
     ],
 )
 def test_wrong_arguments(options, message):
     with pytest.raises(MisconfigurationException, match=message):
         RankMonitor(**options)
+
+
+def test_a_single_pattern_may_be_a_string():
+    monitor = RankMonitor(include="head", exclude=["a", "b"])
+    assert monitor.include == ("head",)
+    assert monitor.exclude == ("a", "b")
 
 
 def test_with_ddp_the_first_process_logs(tmp_path):
