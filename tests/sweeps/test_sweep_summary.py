@@ -170,10 +170,11 @@ app()
 """
 
 
+@pytest.mark.timeout(400)  # a new process imports torch
 def test_a_sweep_with_a_job_that_failed_is_summed_up_too(tmp_path):
     (tmp_path / "app.py").write_text(APP)
     command = [sys.executable, "app.py", "-m", "number=1,0,2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=380)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
     assert "Sweep: 3 jobs" in done.stdout
