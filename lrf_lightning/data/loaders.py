@@ -82,10 +82,13 @@ def check_loaders(trainer: Trainer, module: LightningModule, **choices: Batches 
             passed = _passed(trainer, "val_dataloader")
             if passed is not None:
                 _check_length("the validation data", _first_loader(passed, role, [], collection=True))
-    if choices.get("selection") is not None and choices["selection"] == choices.get("verification"):
+    one, other = choices.get("selection"), choices.get("verification")
+    # loaders are not compared by value, which lists of tensors do not bear
+    if one is not None and (one is other or (isinstance(one, str) and isinstance(other, str) and one == other)):
+        shown = repr(one) if isinstance(one, str) else f"a {type(one).__name__}"
         rank_zero_warn(
-            f"selection and verification are the same loader ({choices['selection']!r}): the verdict will not be "
-            "independent of the choice. Give them disjoint data"
+            f"selection and verification are the same loader ({shown}): the verdict will not be independent of the "
+            "choice. Give them disjoint data"
         )
 
 

@@ -977,8 +977,15 @@ class TestBadArguments:
             ends.append((module.state_dict(), module.seen, run.callback_metrics["val/loss"]))
         torch.testing.assert_close(*ends, rtol=0, atol=0)
 
-    def test_one_loader_for_choice_and_verdict(self):
-        shared = loader(seed=2)
+    def test_lists_of_batches(self):
+        calibration, selection, verification = (list(loader(seed=seed)) for seed in (2, 3, 4))
+        callback = compression(calibration=calibration, selection=selection, verification=verification)
+        trainer(callbacks=[callback]).fit(Classifier(), loader(), loader(seed=1))
+        assert callback.result.samples == {"calibration": 96, "selection": 96, "verification": 96}
+
+    @pytest.mark.parametrize("make", [loader, lambda seed: list(loader(seed=seed))])
+    def test_one_loader_for_choice_and_verdict(self, make):
+        shared = make(seed=2)
         callback = compression(selection=shared, verification=shared)
         run = trainer(callbacks=[callback])
         with pytest.warns(UserWarning, match="selection and verification are the same loader"):

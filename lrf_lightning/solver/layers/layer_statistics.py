@@ -51,6 +51,7 @@ class LayerStatistics:
         rows_per_sample: tokens or positions per sample, the mean over the calls.
         observed: the input of its first call, None if it never ran.
         repeated: whether it runs several times in one pass.
+        recorded: whether gradients were recorded whenever it ran.
         input_bytes: largest size of its input per sample.
         order: place of the layer's first call in the execution order, -1 if it never ran.
         problem: why the layer cannot be used, empty if it can.
@@ -66,6 +67,7 @@ class LayerStatistics:
     rows_per_sample: float = 0.0
     observed: LayerInput | None = None
     repeated: bool = False
+    recorded: bool = True
     input_bytes: float = 0.0
     order: int = -1
     problem: str = ""

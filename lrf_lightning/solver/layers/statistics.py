@@ -26,13 +26,19 @@ from lrf_lightning.solver.layers.layer_statistics import LayerStatistics, TiedUs
 from lrf_lightning.solver.layers.moments import Moment
 from lrf_lightning.solver.layers.rows import UnreadableRowsError
 from lrf_lightning.solver.running.evaluation import Batches, LossFunction
-from lrf_lightning.solver.running.hooks import goes_back
+from lrf_lightning.solver.running.hooks import goes_back, in_function_transform
 from lrf_lightning.surgery import Candidate
 
-__all__ = ["NEVER_RAN", "NO_GRADIENT", "RowSampler", "collect_statistics"]
+__all__ = ["UNREACHED", "RowSampler", "collect_statistics"]
 
 NEVER_RAN = "did not run on the calibration data, or another module reads its weight directly"
 NO_GRADIENT = "no gradient of the loss reaches it"
+UNRECORDED = (
+    f"{NO_GRADIENT}, since it runs under torch.no_grad, or in a checkpoint with use_reentrant=True whose inputs come "
+    "from no observed layer (use_reentrant=False helps)"
+)
+UNREACHED = (NEVER_RAN, NO_GRADIENT, UNRECORDED)
+TRANSFORMED = "is called inside a function transform of torch.func, such as vmap or jvp, where it cannot be observed"
 
 Calls = dict[tuple[str, bool], float]
 
@@ -99,11 +105,12 @@ def collect_statistics(
             layer.order = seen.setdefault(name, len(seen))
             layer.repeated = layer.repeated or last_batch.get(name) == index
             last_batch[name] = index
+            layer.recorded = layer.recorded and torch.is_grad_enabled()
             layer.input_bytes = max(layer.input_bytes, x.numel() * x.element_size() / size)
         if layer.problem:
             return None
         try:
-            available = part.reader.rows_per_sample(x, size)
+            available = _available_rows(part, x, size)
             positions = sampler.positions(layer.candidate, available, index, x.device)
             if first:
                 _add_inputs(part, x, positions, size)
@@ -135,6 +142,12 @@ def collect_statistics(
             _unite(layer, layer.tied)
         layer.problem = layer.problem or _problem(layer)
     return dict(sorted(layers.items(), key=lambda item: item[1].order))
+
+
+def _available_rows(part: LayerStatistics | TiedUse, x: Tensor, size: int) -> int:
+    if in_function_transform():
+        raise UnreadableRowsError(TRANSFORMED)
+    return part.reader.rows_per_sample(x, size)
 
 
 def _add_inputs(part: LayerStatistics | TiedUse, x: Tensor, positions: Tensor | None, size: int) -> None:
@@ -221,7 +234,7 @@ def _problem(layer: LayerStatistics) -> str:
     if layer.order < 0 or layer.inputs.rows == 0:
         return NEVER_RAN
     if layer.gradients.rows == 0:
-        return NO_GRADIENT
+        return NO_GRADIENT if layer.recorded else UNRECORDED
     if not torch.isfinite(layer.inputs.mean).all() or not torch.isfinite(layer.gradients.mean).all():
         return "its inputs or gradients on the calibration data are not finite"
     return ""

@@ -18,7 +18,7 @@ from lrf_lightning.solver.factors.decomposition import decompose, stand_in
 from lrf_lightning.solver.factors.factorization import Factors
 from lrf_lightning.solver.layers.layer_curve import Curve, Prediction, Probe
 from lrf_lightning.solver.layers.layer_statistics import LayerStatistics, memory_groups
-from lrf_lightning.solver.layers.statistics import NEVER_RAN, NO_GRADIENT, RowSampler
+from lrf_lightning.solver.layers.statistics import UNREACHED, RowSampler
 from lrf_lightning.solver.predictions.curves import Tails, component_derivatives, energy_curve, predict
 from lrf_lightning.solver.predictions.probes import (
     LEVELS,
@@ -74,7 +74,7 @@ def calibrate(work: Workspace, candidates: list[Candidate]) -> None:
         for layer in layers.values():
             _forget(work, layer)
     work.layers = {name: layer for name, layer in found.items() if not layer.problem}
-    if not work.layers and all(layer.problem in (NO_GRADIENT, NEVER_RAN) for layer in found.values()):
+    if not work.layers and all(layer.problem in UNREACHED for layer in found.values()):
         raise ValueError(
             f"the loss does not depend differentiably on any of the {len(found)} layers; it must be computed from the "
             "model that it is given, with gradients: no detach(), no item(), no torch.no_grad(), no comparison of "

@@ -24,11 +24,12 @@ def batch_size(batch: Any) -> int:
     """Number of samples in a batch.
 
     A batch, or a part of it, may say it itself, as those of PyTorch Geometric do (``num_graphs``, ``batch_size``).
-    Where it consists of lists with an entry for every sample, as those of torchvision's detectors do, it is their
-    length. Otherwise it is the first dimension of the first tensor found in the batch.
+    Where it consists of lists with an entry for every sample, as those of torchvision's detectors do, or of such a list
+    beside tensors with a row for every one, it is their length. Otherwise it is the first dimension of the first tensor
+    found in the batch.
 
     Raises:
-        ValueError: if it is none of these, since the batch holds no tensor with at least one dimension.
+        ValueError: if it is none of these, since the batch holds no tensor with at least one dimension, or no sample.
     """
     size = _said_size(batch) or _listed_samples(batch) or next(_sizes(batch), None)
     if size is None and callable(getattr(batch, "to_dict", None)):  # a single graph does not say that it is one of many
@@ -41,6 +42,11 @@ def batch_size(batch: Any) -> int:
             f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension, "
             "so its samples cannot be counted; let the loader yield tensors whose first dimension is the batch, "
             "or an object with a number batch_size"
+        )
+    if size == 0:
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} holds no sample, since its first tensor has none; let the loader "
+            "leave empty batches out"
         )
     return size
 
@@ -75,15 +81,18 @@ def _sizes(batch: Any) -> Iterator[int]:
 
 
 def _listed_samples(batch: Any) -> int | None:
-    """The common length of at least two lists that a batch consists of, None if they are not about samples.
+    """The common length of the lists and tensors that a batch consists of, None if they are not about samples.
 
-    They are if each holds tensors of one rank, or dictionaries, or other values, and if either there are such others or
-    tensors of a list differ in their first dimension. Lists of inputs that all have a row for every sample do not.
+    There are at least two of them, and one is a list. They are about samples if each list holds tensors of one rank, or
+    dictionaries, or other values, and if either there are such others or tensors of a list differ in their first
+    dimension. Lists of inputs that all have a row for every sample do not.
     """
-    lists = list(batch.values()) if isinstance(batch, Mapping) else batch
-    if not isinstance(lists, (list, tuple)) or len(lists) < 2 or not all(isinstance(x, (list, tuple)) for x in lists):
+    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(parts, (list, tuple)) or len(parts) < 2:
         return None
-    if len({len(x) for x in lists}) > 1 or not lists[0]:
+    lists = [part for part in parts if isinstance(part, (list, tuple))]
+    rows = [part for part in parts if isinstance(part, Tensor) and part.dim() > 0]
+    if not lists or len(lists) + len(rows) < len(parts) or len({len(part) for part in parts}) > 1 or not lists[0]:
         return None
     told = False
     for entries in lists:

@@ -20,7 +20,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HeldGradients", "first_tensor", "frozen_parameters", "goes_back", "observe_gradients", "observe_inputs"]
+__all__ = [
+    "HeldGradients",
+    "first_tensor",
+    "frozen_parameters",
+    "goes_back",
+    "in_function_transform",
+    "observe_gradients",
+    "observe_inputs",
+]
 
 OnGradient = Callable[[Tensor], None]
 Key = TypeVar("Key")
@@ -122,6 +130,13 @@ def goes_back() -> bool:
     """Whether a backward pass is running in this thread, so that a module that is called now was called before."""
     # what torch.utils.checkpoint asks itself
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def in_function_transform() -> bool:
+    """Whether torch.func transforms what runs so that tensors must not leave it: by more than one ``grad``."""
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or ()
+    return len(levels) > 1 or any(level.key() != functorch.TransformType.Grad for level in levels)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -38,6 +39,17 @@ class WhollyCheckpointed(Checkpointed):
 
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class NormedCheckpoint(nn.Module):
+    """Only a norm, which is not observed, could give the checkpoint an input with a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.block, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, self.norm(x), use_reentrant=True))
 
 
 def loss(model, batch):
@@ -95,3 +107,57 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(scale):
     for name, expected in found[False].items():
         difference = torch.linalg.norm(found[True][name] - expected) / torch.linalg.norm(expected)
         assert difference < 0.02, name
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_why_a_reentrant_checkpoint_hides_its_layers_is_said():
+    model, batches = NormedCheckpoint(), [(torch.randn(6, 8), torch.randint(4, (6,)))]
+    layers = collect_statistics(model, find_layers(model)[0], loss, batches, CPU, sampler=RowSampler(10**6, 1, 0))
+    assert not layers["head"].problem
+    assert "use_reentrant=False helps" in layers["block"].problem
+
+
+def scalar(model):
+    return lambda x: model(x[None]).sum()
+
+
+@pytest.mark.parametrize(
+    ("usable", "values"),
+    [
+        (True, lambda model, x: grad(lambda x: model(x).square().sum())(x)),
+        (False, lambda model, x: vmap(scalar(model))(x)[:, None]),
+        (False, lambda model, x: vmap(grad(scalar(model)))(x)),
+        (False, lambda model, x: vmap(hessian(scalar(model)))(x).flatten(1)),
+        (False, lambda model, x: jvp(model, (x,), (torch.ones_like(x),))[1]),
+        (False, lambda model, x: grad(lambda x: grad(lambda x: model(x).square().sum())(x).square().sum())(x)),
+        (False, lambda model, x: vmap(scalar(model))(x)[:, None] + model(x)),
+    ],
+    ids=["grad", "vmap", "vmap of grad", "hessian", "jvp", "grad of grad", "beside a plain call"],
+)
+def test_layers_in_function_transforms_are_left_alone_where_they_cannot_be_observed(usable, values):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
+    batches = [torch.randn(5, 4) for _ in range(2)]
+    layers = collect_statistics(
+        model,
+        find_layers(model)[0],
+        lambda model, x: values(model, x).square().mean(1),
+        batches,
+        CPU,
+        sampler=RowSampler(10**6, 1, 0),
+    )
+    for layer in layers.values():
+        assert (layer.problem == "") == usable
+        assert usable or "function transform of torch.func" in layer.problem
+
+
+def test_gradients_by_parameters_are_observed():
+    model, batches = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)), [torch.randn(5, 4)]
+
+    def penalty(model, x):
+        def mean(parameters):
+            return functional_call(model, parameters, (x,)).square().mean()
+
+        return sum(value.square().sum() for value in grad(mean)(dict(model.named_parameters())).values())
+
+    layers = collect_statistics(model, find_layers(model)[0], penalty, batches, CPU, sampler=RowSampler(10**6, 1, 0))
+    assert not any(layer.problem for layer in layers.values())

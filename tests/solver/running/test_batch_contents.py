@@ -105,6 +105,10 @@ def images(count):
         ({"l": [torch.zeros(7, 10), torch.zeros(7, 3)], "u": [torch.zeros(9, 10), torch.zeros(9, 3)]}, 7),
         (([torch.zeros(7, 4, 9), torch.zeros(7)], [torch.zeros(57), torch.zeros(7)]), 7),
         (((torch.zeros(7, 3), torch.zeros(7, 3)), (torch.zeros(7), torch.tensor(0.5))), 7),
+        ((images(3), torch.zeros(3)), 3),
+        ({"labels": torch.zeros(3, 2), "images": images(3), "name": "a batch"}, 3),
+        (([torch.zeros(4, 2), torch.zeros(6, 2)], torch.zeros(3)), 4),
+        (([torch.zeros(2, 3), torch.zeros(2, 4)], torch.zeros(2)), 2),
         (([], []), None),
     ],
 )
@@ -114,6 +118,12 @@ def test_lists_with_an_entry_for_every_sample(batch, expected):
             batch_size(batch)
     else:
         assert batch_size(batch) == expected
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(0, 3), [[], torch.zeros(0)]])
+def test_a_batch_without_samples_is_an_error(batch):
+    with pytest.raises(ValueError, match="holds no sample, since its first tensor has none; let the loader leave"):
+        batch_size(batch)
 
 
 @pytest.mark.parametrize("batch", ["text", {"x": 3}, torch.tensor(1.0), []])
