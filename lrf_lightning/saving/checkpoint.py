@@ -24,6 +24,7 @@ from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.saving.compression_record import CheckpointError, describe, to_json
 from lrf_lightning.saving.lightning_checkpoint import is_lightning_checkpoint, lightning_checkpoint, parse_checkpoint
 from lrf_lightning.saving.module_versions import with_versions
+from lrf_lightning.saving.shared_tensors import contradictions
 from lrf_lightning.saving.structure_hook import LowRankCheckpointMixin, register_structure_hook, splits_in
 from lrf_lightning.saving.weights_file import pack, read_header, unpack
 from lrf_lightning.solver.solution import Solution
@@ -200,6 +201,11 @@ def _check_entries(model: nn.Module, state: Mapping[str, Any], file: str) -> Non
     if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in own.values()):
         raise CheckpointError(
             f"{type(model).__name__} has tensors on the meta device; give them memory with model.to_empty(device='cpu')"
+        )
+    for first, second in contradictions(model, state):
+        raise CheckpointError(
+            f"{file} does not fit {type(model).__name__}: {first!r} and {second!r} differ in the file and are one "
+            "tensor in the model; build the model with weights that are not tied, such as tie_word_embeddings=False"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrf_lightning.modules import LowRankModule, SplitAttention
+from lrf_lightning.saving.shared_tensors import contradictions
 from lrf_lightning.surgery import set_structure
 
 __all__ = ["LowRankCheckpointMixin", "follow_structure", "ranks_in", "register_structure_hook", "splits_in"]
@@ -104,8 +105,46 @@ def follow_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
     set_structure(model, ranks, splits)
 
 
-def _structure_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def _structure_hook(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    _metadata: Any,
+    _strict: bool,
+    _missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """What is added to ``errors``, ``load_state_dict`` raises in the end together with what it finds itself."""
     follow_structure(module, state_dict, prefix)
+    if not ranks_in(state_dict, prefix):
+        return  # of dense weights it reports what is wrong itself
+    errors += _misfits(module, state_dict, prefix)
+    errors += [
+        f"{first!r} and {second!r} differ in the weights that are loaded and are one tensor in the model; build the "
+        "model with weights that are not tied"
+        for first, second in contradictions(module, state_dict, prefix)
+    ]
+
+
+def _misfits(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    """The low-rank layers whose factors have other shapes than those in a state dict."""
+    found = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, LowRankModule):
+            pairs = [(layer._parameters.get(key[1:]), state_dict.get(f"{prefix}{name}{key}")) for key in (LEFT, RIGHT)]
+            own, given = ([_shape(pair[side]) for pair in pairs] for side in (0, 1))
+            if None not in own + given and own != given:
+                found.append(
+                    f"the factors of the layer {name!r}, a {type(layer).__name__}, have shapes {own[0]} and {own[1]}, "
+                    f"in the weights that are loaded {given[0]} and {given[1]}; build the model with the sizes of the "
+                    "one that was compressed"
+                )
+    return found
+
+
+def _shape(tensor: Any) -> tuple[int, ...] | None:
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
 def _function_of(hook: Any) -> Any:

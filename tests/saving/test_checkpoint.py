@@ -143,6 +143,25 @@ class TestRoundTrip:
         x = torch.arange(20)
         assert torch.equal(loaded(x), model(x))
 
+    @pytest.mark.parametrize("ranks", [{"body": 2}, {"embed": 3, "head": 3}])
+    def test_two_weights_are_not_loaded_into_one(self, tmp_path, ranks):
+        class Language(nn.Module):
+            def __init__(self, *, tied):
+                super().__init__()
+                self.embed, self.body, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+                if tied:
+                    self.head.weight = self.embed.weight
+
+        model = compressed(Language(tied=False), ranks)
+        path = solution(model, ranks, dict.fromkeys(ranks, ("Linear", (8, 8)))).save(tmp_path)
+        with pytest.raises(CheckpointError, match=r"'embed\..*' and 'head\..*' differ in the file and are one tensor"):
+            load_compressed(Language(tied=True), path)
+        for key in ("weight", "left_factor", "right_factor"):
+            if key in model.embed._parameters:  # the same values twice do fit
+                model.head._parameters[key].data = model.embed._parameters[key].data.clone()
+        loaded = load_compressed(Language(tied=True), solution(model, ranks, {}).save(tmp_path / "equal"))
+        assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+
     def test_projections_of_attention(self, tmp_path):
         class Attention(nn.Module):
             def __init__(self):

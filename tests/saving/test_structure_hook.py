@@ -160,3 +160,32 @@ def test_tied_layers_stay_tied():
     model.load_state_dict(dense)
     assert model["head"].weight is model["embed"].weight
     assert_loaded(model, dense)
+
+
+class Language(nn.Module):
+    def __init__(self, width=8, *, tied=False):
+        super().__init__()
+        self.embed, self.body = nn.Embedding(20, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 20, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+def test_two_weights_are_not_loaded_into_one():
+    low = compressed(Language(), {"body": 2})
+    with pytest.raises(RuntimeError, match=r"'embed\.weight' and 'head\.weight' differ in the weights that are loaded"):
+        hooked(Language(tied=True)).load_state_dict(low.state_dict())
+    with torch.no_grad():
+        low.head.weight.copy_(low.embed.weight)
+    model = hooked(Language(tied=True))
+    model.load_state_dict(low.state_dict())
+    assert_loaded(model, low.state_dict())
+
+
+def test_other_sizes_are_named_with_the_layer():
+    state = compressed(Language(), {"body": 2}).state_dict()
+    expected = (
+        r"layer 'body', a LowRankLinear, have shapes \(6, 2\) and \(2, 6\), in the .* loaded \(8, 2\) and \(2, 8\)"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        hooked(Language(6)).load_state_dict(state)
