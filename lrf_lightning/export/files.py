@@ -32,6 +32,7 @@ from lrf_lightning.export.sample_call import Sample, SampleCall
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.safe_files import AnyPath
 from lrf_lightning.saving.checkpoint import restore_dense
+from lrf_lightning.surgery.module_hooks import settle_parameters
 
 __all__ = [
     "FORMATS",
@@ -168,6 +169,8 @@ def _export(
     if dynamic_batch:
         call = call.resized(2)  # torch takes a batch of one for a constant, and more take more time
     original = copied_model(model).cpu().eval()
+    for module in original.modules():
+        settle_parameters(module)  # what a hook computes anew at every call would be captured as a constant
     with _deployable(), TemporaryDirectory() as temporary:
         ready, folded = fold(original, call) if fold_norms else (original, [])
         file = Path(temporary) / file_name
@@ -205,18 +208,34 @@ def _write(name: str, model: nn.Module, call: SampleCall, file: Path, dynamic_ba
     Raises:
         ExportError: if torch cannot capture or convert the model.
     """
-    shapes = call.dynamic_shapes(torch.export.Dim("batch")) if dynamic_batch else None
     try:
-        program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
-        if name == "pt2":
-            program.example_inputs = None  # nobody's data stands in the file
-            torch.export.save(program, file)
-        else:
-            _save_onnx(program, file, shapes)
+        _capture(name, model, call, file, dynamic_batch)
     # the model's own code, the capture and the converter raise errors of all kinds
     except Exception as error:
-        hint = "; dynamic_batch=False lifts the demand that the batch may have any size" if dynamic_batch else ""
+        hint = ""
+        # nothing in an error says whether the size of the batch is to blame
+        if dynamic_batch and _can_be_captured(name, model, call, file):
+            hint = "; dynamic_batch=False lifts the demand that the batch may have any size"
         raise ExportError(f"{type(model).__name__} cannot be exported as {name} ({error}){hint}") from error
+
+
+def _capture(name: str, model: nn.Module, call: SampleCall, file: Path, dynamic_batch: bool) -> None:
+    shapes = call.dynamic_shapes(torch.export.Dim("batch")) if dynamic_batch else None
+    program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
+    if name == "pt2":
+        program.example_inputs = None  # nobody's data stands in the file
+        torch.export.save(program, file)
+    else:
+        _save_onnx(program, file, shapes)
+
+
+def _can_be_captured(name: str, model: nn.Module, call: SampleCall, file: Path) -> bool:
+    """Whether a model can be exported for one size of the batch."""
+    try:
+        _capture(name, model, call, file, False)
+    except Exception:  # of all kinds
+        return False
+    return True
 
 
 def _save_onnx(program: torch.export.ExportedProgram, file: Path, shapes: Any) -> None:

@@ -30,6 +30,7 @@ from lrf_lightning.saving.weights_file import pack, read_header, unpack
 from lrf_lightning.solver.solution import Solution
 from lrf_lightning.surgery import low_rank_type, restore_dense_structure, set_structure
 from lrf_lightning.surgery.kinds import LOW_RANK_OF
+from lrf_lightning.surgery.module_hooks import settle_parameters
 
 __all__ = [
     "CheckpointError",
@@ -129,11 +130,13 @@ def load_compressed(model: nn.Module | Callable[[], nn.Module], path: AnyPath) -
 def restore_dense(model: nn.Module) -> nn.Module:
     """A copy of a compressed model in which every pair of factors is multiplied to one dense layer again.
 
-    It computes the same function up to rounding, for tools that need plain layers. The model itself is not touched.
+    It computes the same function up to rounding, for tools that need plain layers. Pruning, weight norm and spectral
+    norm of factors are multiplied in, and end with them. The model itself is not touched.
     """
-    if isinstance(model, LowRankModule):
-        return model.to_dense()
     dense = copied_model(model)
+    if isinstance(dense, LowRankModule):
+        settle_parameters(dense)
+        return dense.to_dense()
     restore_dense_structure(dense)
     return dense
 

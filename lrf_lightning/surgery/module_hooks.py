@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["carry_hooks"]
+__all__ = ["carry_hooks", "settle_parameters"]
 
 # those of a call; hooks on state dicts know the names of a layer's parameters, which another kind of layer has not
 HOOKS = (
@@ -26,8 +29,23 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     Both hold the same dictionaries from then on, so that the handle of a hook removes it from whichever is in use. A
     module that has hooks of its own keeps those.
 
-    Hooks that compute ``weight`` (weight norm, spectral norm, pruning) are never met: layers that have them are not
-    replaced, see :func:`~lrf_lightning.surgery.kinds.kind_objection`.
+    Hooks that compute a parameter are never met: dense layers that have them are not replaced, see
+    :func:`~lrf_lightning.surgery.kinds.kind_objection`, and low-rank layers lose them before.
     """
     if not any(new.__dict__[name] for name in HOOKS):
         new.__dict__.update({name: old.__dict__[name] for name in (*HOOKS, FULL)})
+
+
+def settle_parameters(layer: nn.Module) -> None:
+    """Make plain parameters of those that pruning, weight norm or spectral norm compute before every call.
+
+    They get the values that they would have in the next call in evaluation mode, and the hooks that computed them are
+    gone.
+    """
+    for hook in list(layer._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(layer, hook._tensor_name)  # type: ignore[no-untyped-call]
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(layer, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(layer, hook.name)

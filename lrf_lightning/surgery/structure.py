@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lrf_lightning.modules import LowRankModule, SplitAttention
 from lrf_lightning.surgery.extras import carry_extras
 from lrf_lightning.surgery.kinds import LOW_RANK_OF, attention_objection, kind_objection, low_rank_type, weight_owners
-from lrf_lightning.surgery.module_hooks import carry_hooks
+from lrf_lightning.surgery.module_hooks import carry_hooks, settle_parameters
 from lrf_lightning.surgery.padded_outputs import imitate_nested_tensors, use_nested_tensors
 from lrf_lightning.surgery.references import refer_to
 from lrf_lightning.surgery.tied_keys import rename_tied_keys
@@ -95,7 +95,7 @@ def set_structure(model: nn.Module, ranks: Mapping[str, int], splits: Mapping[st
         if isinstance(module, LowRankModule):
             if (module.rank, module.split) == (rank, split):
                 continue
-            module = module.to_dense()
+            module = _dense(module)
         kind = low_rank_type(module)
         if kind is None:
             raise ValueError(
@@ -123,7 +123,7 @@ def restore_dense_structure(model: nn.Module, keep: Mapping[str, int] | None = N
     for name in modules:
         module = dict(model.named_modules(remove_duplicate=False)).get(name)
         if isinstance(module, LowRankModule) and id(module.left_factor) not in kept:
-            replace_module(model, name, module.to_dense())
+            replace_module(model, name, _dense(module))
     settle(model)
 
 
@@ -231,11 +231,17 @@ def _twins(model: nn.Module, old: nn.Module) -> list[nn.Module]:
     ]
 
 
+def _dense(layer: LowRankModule) -> nn.Module:
+    """The dense layer that computes the same as a low-rank one that is about to be replaced."""
+    settle_parameters(layer)  # a dense layer has no factors that a hook could compute
+    return layer.to_dense()
+
+
 def _tied(twin: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """What takes the place of ``twin``, which shares with ``old``, once ``new`` has taken the place of that."""
     made: nn.Module
     shared: tuple[str, ...]
-    dense = twin.to_dense() if isinstance(twin, LowRankModule) else twin
+    dense = _dense(twin) if isinstance(twin, LowRankModule) else twin
     if isinstance(new, LowRankModule):
         kind = low_rank_type(dense)
         assert kind is not None

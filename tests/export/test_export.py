@@ -11,6 +11,7 @@ import pytest
 import torch
 from compressed_models import Net, compressed
 from torch import nn
+from torch.nn.utils import prune
 
 from lrf_lightning import ExportError, export_onnx, export_program
 from lrf_lightning.export import files as export
@@ -153,6 +154,11 @@ class TestFailures:
         EXPORTS[name](Fixed(), torch.ones(2, 3, 4), tmp_path / f"net.{name}", dynamic_batch=False)
         assert run(tmp_path / f"net.{name}", torch.ones(2, 3, 4)).shape == (2, 12)
 
+    def test_of_others_the_size_of_the_batch_is_not_blamed(self, tmp_path):
+        with pytest.raises(ExportError, match="Net cannot be exported as pt2") as caught:
+            export_program(net(), torch.ones(2, 5, 6, 6), tmp_path / "net.pt2", fold_norms=False)
+        assert "dynamic_batch" not in str(caught.value)
+
     @both
     def test_a_forward_that_cannot_be_captured(self, name, tmp_path):
         class Branching(nn.Module):
@@ -264,3 +270,13 @@ def test_pt2_needs_neither_onnx_nor_this_package_to_run(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "(4, 5)", done.stderr
+
+
+def test_pruned_factors_are_plain_in_the_file(tmp_path):
+    model = net()
+    prune.l1_unstructured(model.body, "left_factor", 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = export_program(model, images(), tmp_path / "net.pt2")
+    assert done.dense_size > done.size
+    assert "body.left_factor_orig" in model.state_dict()

@@ -201,3 +201,34 @@ def test_compiled_submodules_run_as_they_are_and_a_compiled_model_is_refused():
     assert set(result.ranks) == {"0._orig_mod.0", "1"}
     with pytest.raises(TypeError, match=r"result of torch.compile; give what was compiled, model._orig_mod"):
         compress(torch.compile(inner, backend="eager"), loss, *data(20, 12), **QUICK)
+
+
+class TestComputedFactors:
+    """Pruning and norms of factors, whose values are computed before every call."""
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+    @pytest.mark.parametrize(
+        "compute",
+        [
+            lambda layer: prune.l1_unstructured(layer, "left_factor", 0.5),
+            lambda layer: prune.random_unstructured(prune.l1_unstructured(layer, "bias", 0.5), "bias", 0.5),
+            lambda layer: nn.utils.weight_norm(layer, "left_factor"),
+            lambda layer: nn.utils.spectral_norm(layer, "right_factor"),
+        ],
+        ids=["pruning", "pruning twice", "weight norm", "spectral norm"],
+    )
+    def test_are_multiplied_in(self, compute):
+        model, x = nn.Sequential(low_rank(nn.Linear(6, 5))), torch.randn(3, 6)
+        with torch.no_grad():
+            model[0].bias.normal_()
+            compute(model[0])
+            model(x)
+            for parameter in model.parameters():
+                parameter.mul_(2)  # what an optimizer does after the last call
+        model.eval()
+        dense, alone = restore_dense(model), restore_dense(model[0])
+        assert type(dense[0]) is type(alone) is nn.Linear
+        for layer in (dense, alone):
+            torch.testing.assert_close(layer(x), model(x))
+        assert not dense[0]._forward_pre_hooks
+        assert len(model[0]._forward_pre_hooks) == 1, "the model was changed"
