@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from lrf_lightning.callbacks.rank_monitor import RankMonitor
     from lrf_lightning.export.batch_norm_folding import fold_batch_norms
     from lrf_lightning.export.files import ExportError, export_onnx, export_program
-    from lrf_lightning.saving.checkpoint import CheckpointError, load_compressed, read_metadata, restore_dense
+    from lrf_lightning.saving.checkpoint import (
+        CheckpointError,
+        load_compressed,
+        read_metadata,
+        restore_dense,
+        save_compressed,
+    )
     from lrf_lightning.saving.structure_hook import LowRankCheckpointMixin
     from lrf_lightning.solver.running.evaluation import StepOutput
     from lrf_lightning.solver.running.loss_terms import LossTerms
@@ -39,6 +45,7 @@ __all__ = [
     "load_compressed",
     "read_metadata",
     "restore_dense",
+    "save_compressed",
 ]
 
 _HOMES = {
@@ -58,6 +65,7 @@ _HOMES = {
     "load_compressed": "lrf_lightning.saving.checkpoint",
     "read_metadata": "lrf_lightning.saving.checkpoint",
     "restore_dense": "lrf_lightning.saving.checkpoint",
+    "save_compressed": "lrf_lightning.saving.checkpoint",
 }
 
 

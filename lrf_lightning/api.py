@@ -18,6 +18,7 @@ from lrf_lightning.copies.model_copy import copied_model
 from lrf_lightning.copies.uncompiled import is_compiled, uncompile_children
 from lrf_lightning.data.batches import fixed_order, overlaps
 from lrf_lightning.distributed import current_processes
+from lrf_lightning.fingerprint import weights_fingerprint
 from lrf_lightning.solver.joint import CalibrationStep, solve
 from lrf_lightning.solver.running.evaluation import Batches, LossFunction
 from lrf_lightning.solver.running.seeded_batches import SeededBatches, split_seed
@@ -39,6 +40,9 @@ class CompressionResult(Solution):
 
     def save(self, path: str | PathLike[str]) -> Path | str:
         """Write ``model.safetensors`` and ``compression.json`` into the folder ``path``.
+
+        If the weights of the model have changed since it was judged, it is saved with a warning and the description
+        says so.
 
         Raises:
             OSError: if the folder cannot be written; the model stays in memory.
@@ -82,6 +86,7 @@ class CompressionResult(Solution):
             latency_layers=latency and (latency[0], latency[0] * point.keep),
             changes=[],
             message=f"Taken from the frontier at {point.keep:.4f} of the {self.settings.cost}.",
+            fingerprint=weights_fingerprint(model),
         )
 
 
@@ -167,7 +172,7 @@ def compress(
             calibration_step=None if cache_dir is None else _cached(cache_dir),
         )
     found = {f.name: getattr(solution, f.name) for f in dataclasses.fields(solution)}
-    return CompressionResult(**found | {"score_name": score_name})
+    return CompressionResult(**found | {"score_name": score_name, "fingerprint": weights_fingerprint(solution.model)})
 
 
 def _cached(folder: str | PathLike[str]) -> CalibrationStep:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["UnknownContentError", "fingerprint"]
+__all__ = ["UnknownContentError", "fingerprint", "weights_fingerprint"]
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, PurePath, enum.Enum)
 
@@ -35,6 +35,14 @@ def fingerprint(*values: Any) -> str:
     for value in values:
         _add(digest, value)
     return digest.hexdigest()[:16]
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A digest of the state dict of a model, the same on every device; empty if it has content that is not read."""
+    try:
+        return fingerprint(dict(model.state_dict()))
+    except (UnknownContentError, RuntimeError):  # torch refuses the bytes of some kinds of tensors
+        return ""
 
 
 def _add(digest: Any, value: Any) -> None:

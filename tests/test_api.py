@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
 import lrf_lightning
-from lrf_lightning import StepOutput, compress, load_compressed
+from lrf_lightning import StepOutput, compress, load_compressed, read_metadata
 from lrf_lightning.modules import LowRankModule
 
 
@@ -81,6 +81,15 @@ class TestResult:
         (chosen,) = [point for point in result.frontier if point.chosen]
         assert chosen.ranks == result.ranks
         assert chosen.params_model == result.params_model[1]
+
+    def test_a_file_says_whether_its_weights_are_those_that_were_judged(self, trained, tmp_path):
+        result = squeeze(trained, objective="frontier", budgets=[0.5])
+        for each in (result, result.at(0.5)):
+            assert read_metadata(each.save(tmp_path / "model"))["judged_weights"] is True
+        with torch.no_grad():
+            result.model[0].bias.add_(1)
+        with pytest.warns(UserWarning, match="are not those that were judged"):
+            assert read_metadata(result.save(tmp_path / "model"))["judged_weights"] is False
 
     def test_step_output_brings_the_score(self, trained):
         def with_score(model, batch):

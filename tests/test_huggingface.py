@@ -76,6 +76,20 @@ def test_gpt_with_transposed_layers_and_a_tied_head(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["n_embd"] == 16
 
 
+def test_a_model_that_was_loaded_is_saved_again(tmp_path):
+    ranks = {"transformer.h.0.mlp.c_fc": 3}
+    save_pretrained(solution(compressed(gpt(), ranks), ranks, {}), tmp_path / "first")
+    model = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "first").bfloat16()
+    save_pretrained(model, tmp_path / "second")
+    loaded, tokens = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "second"), batches(3)[0]
+    assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
+    name = "dtype" if "dtype" in configs[0] else "torch_dtype"
+    assert [config[name] for config in configs] == ["float32", "bfloat16"]
+    assert configs[0]["architectures"] == ["GPT2LMHeadModel"]
+    assert gpt().config.architectures is None
+
+
 def test_linear_layers_of_a_class_of_its_own(tmp_path):
     config = transformers.FalconConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     name, tokens = "transformer.h.0.mlp.dense_h_to_4h", batches(3)[0]
@@ -110,6 +124,9 @@ def test_tied_weights_stay_tied_in_the_eyes_of_transformers(tmp_path):
 def test_other_models_are_refused(tmp_path):
     with pytest.raises(TypeError, match="Net has no configuration of the transformers library"):
         save_pretrained(net_solution(), tmp_path)
+    with pytest.raises(TypeError, match="is a GPT2LMHeadModel without low-rank layers; allowed are"):
+        save_pretrained(gpt(), tmp_path)
+    assert not list(tmp_path.glob("*.json"))
     with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         from_pretrained(transformers.BertModel, tmp_path)
 

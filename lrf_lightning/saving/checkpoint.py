@@ -19,13 +19,19 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lrf_lightning import safe_files
 from lrf_lightning.copies.model_copy import copied_model
+from lrf_lightning.copies.uncompiled import is_compiled
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.safe_files import AnyPath
-from lrf_lightning.saving.compression_record import CheckpointError, describe, to_json
+from lrf_lightning.saving.compression_record import CheckpointError, describe, describe_model, to_json
 from lrf_lightning.saving.lightning_checkpoint import is_lightning_checkpoint, lightning_checkpoint, parse_checkpoint
 from lrf_lightning.saving.module_versions import with_versions
 from lrf_lightning.saving.shared_tensors import contradictions
-from lrf_lightning.saving.structure_hook import LowRankCheckpointMixin, register_structure_hook, splits_in
+from lrf_lightning.saving.structure_hook import (
+    LowRankCheckpointMixin,
+    follow_structure,
+    register_structure_hook,
+    splits_in,
+)
 from lrf_lightning.saving.weights_file import pack, read_header, unpack
 from lrf_lightning.solver.solution import Solution
 from lrf_lightning.surgery import low_rank_type, restore_dense_structure, set_structure
@@ -40,6 +46,7 @@ __all__ = [
     "read_metadata",
     "register_structure_hook",
     "restore_dense",
+    "savable_model",
     "save_compressed",
 ]
 
@@ -49,22 +56,27 @@ MODEL_FILE, DESCRIPTION_FILE = "model.safetensors", "compression.json"
 LISTED = 5  # names that a message lists at most
 
 
-def save_compressed(solution: Solution, path: AnyPath) -> Path | str:
+def save_compressed(source: Solution | nn.Module, path: AnyPath) -> Path | str:
     """Write ``model.safetensors`` and ``compression.json`` into a folder, which is created if need be.
 
     Args:
-        solution: what :func:`lrf_lightning.compress` returned.
+        source: what :func:`lrf_lightning.compress` returned, or a model with low-rank layers, such as one that
+            :func:`load_compressed` returned and that was trained since then. The description of a model has no verdict.
         path: a folder, or the URL of one that fsspec understands.
 
     Returns:
         The folder; a URL as the string it was.
 
     Raises:
-        CheckpointError: if an entry of the state dict cannot be stored without pickle.
+        CheckpointError: if an entry of the state dict cannot be stored without pickle, or a low-rank layer could not be
+            loaded again.
         OSError: if a file cannot be written; the message names the cause. An older model in the folder is then still
-            whole, and the new one stays in ``solution.model`` for another try.
+            whole, and the new one stays in memory for another try.
+        TypeError: if ``source`` is neither of them.
     """
-    content, record = pack(solution.model.state_dict(), describe(solution))
+    model = savable_model(source)
+    record = describe(source) if isinstance(source, Solution) else describe_model(model)
+    content, record = pack(model.state_dict(), record)
     try:
         safe_files.make_folder(path)
         safe_files.write_bytes(safe_files.join(path, MODEL_FILE), content)
@@ -73,6 +85,29 @@ def save_compressed(solution: Solution, path: AnyPath) -> Path | str:
         text = f"{error.strerror or error}. The compressed model stays in memory; save it again where there is room"
         raise (OSError(text) if error.errno is None else OSError(error.errno, text)) from error
     return safe_files.normal(path)
+
+
+def savable_model(source: Any) -> nn.Module:
+    """The model of what :func:`save_compressed` is given.
+
+    Raises:
+        TypeError: if it has none that it could save.
+    """
+    if isinstance(source, Solution):
+        return source.model
+    what, remedy = f"is a {type(source).__name__}", ""
+    if isinstance(source, nn.Module):
+        if is_compiled(source):
+            what, remedy = "is the result of torch.compile", "; give what was compiled, model._orig_mod"
+        elif isinstance(source, LowRankModule):
+            what, remedy = f"is a {type(source).__name__} itself", "; wrap it in a module"
+        elif any(isinstance(module, LowRankModule) for module in source.modules()):
+            return source
+        else:
+            what, remedy = f"is a {type(source).__name__} without low-rank layers", "; save it as any other model"
+    raise TypeError(
+        f"what is to be saved {what}; allowed are the result of compress and a model with low-rank layers{remedy}"
+    )
 
 
 def read_metadata(path: AnyPath) -> dict[str, Any]:
@@ -101,13 +136,14 @@ def load_compressed(model: nn.Module | Callable[[], nn.Module], path: AnyPath) -
     Args:
         model: a model of the architecture that was compressed, with any weights, or a class or function that makes
             one without arguments.
-        path: the folder that ``save`` wrote, its ``model.safetensors``, or a ``compressed.ckpt``.
+        path: the folder that ``save`` wrote, its ``model.safetensors``, a ``compressed.ckpt``, or a checkpoint of
+            Lightning that a training of a compressed model wrote.
 
     Raises:
         CheckpointError: if there is no such file, it is truncated, foreign, of a future version or changed since it was
             written, or does not fit the model.
         OSError: if it cannot be read.
-        TypeError: if ``model`` makes no module.
+        TypeError: if ``model`` makes no module, or is the result of ``torch.compile``.
     """
     file = _model_file(path)
     content = safe_files.read_bytes(file)
@@ -115,7 +151,10 @@ def load_compressed(model: nn.Module | Callable[[], nn.Module], path: AnyPath) -
     new = _fresh(model)
     _check_layers(new, record, file)
     try:
-        set_structure(new, record["ranks"], splits_in(state))
+        if record["factorized"]:
+            set_structure(new, record["ranks"], splits_in(state))
+        else:  # nothing is low-rank, or the weights alone tell what is
+            follow_structure(new, state)
     except ValueError as error:
         raise CheckpointError(f"{file} does not fit {type(new).__name__}: {error}") from error
     _check_entries(new, state, file)
@@ -154,6 +193,11 @@ def _model_file(path: AnyPath) -> str:
 
 def _fresh(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     if isinstance(model, nn.Module):
+        if is_compiled(model):
+            raise TypeError(
+                "model is the result of torch.compile; give what was compiled, model._orig_mod, and compile what comes "
+                "back"
+            )
         return copied_model(model)
     made = model() if callable(model) else None
     if not isinstance(made, nn.Module):

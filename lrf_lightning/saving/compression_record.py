@@ -9,17 +9,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from lrf_lightning import random_state
+from lrf_lightning.fingerprint import weights_fingerprint
 from lrf_lightning.modules import LowRankModule
 from lrf_lightning.solver.result import LayerCurve, LayerResult
 from lrf_lightning.solver.solution import Solution
 
-__all__ = ["FORMAT_VERSION", "CheckpointError", "check_record", "describe", "parse_record", "to_json"]
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "check_record",
+    "describe",
+    "describe_model",
+    "describe_state",
+    "parse_record",
+    "to_json",
+]
 
 FORMAT_VERSION = 3  # 2: the factor of size 1 of a convolution may come first; 3: both may have a part of its kernel
 CURVE_POINTS = 64
@@ -36,25 +47,66 @@ def describe(solution: Solution) -> dict[str, Any]:
     Returns:
         ``format_version``, ``library_version``, ``ranks`` of all low-rank layers by name, ``factorized`` (their kind,
         shape of the dense weight, rank, and ``split`` where it has one), ``layers``, ``frontier``, ``dense``
-        (on the selection split), ``certificate``, ``settings``, ``params_model``, ``params_layers``, ``flops_layers``
-        and ``latency_layers`` (before and after), ``message``, ``seconds`` and ``samples``.
-    """
-    from lrf_lightning import __version__
+        (on the selection split), ``certificate``, ``judged_weights`` (whether it is about the weights as they are now,
+        None if that cannot be told), ``settings``, ``params_model``, ``params_layers``, ``flops_layers``
+        and ``latency_layers`` (before and after), ``message``, ``seconds`` and ``samples``. With a warning where the
+        weights are not those that were judged.
 
+    Raises:
+        CheckpointError: if a low-rank layer could not be loaded again.
+    """
+    left_out = ("model", "ranks", "layers", "changes", "point_models", "fingerprint")
     plain = {
         field.name: _plain(getattr(solution, field.name))
         for field in dataclasses.fields(solution)
-        if field.name not in ("model", "ranks", "layers", "changes", "point_models")
+        if field.name not in left_out
     }
+    judged = solution.fingerprint == weights_fingerprint(solution.model) if solution.fingerprint else None
+    if judged is False:
+        warnings.warn(
+            "the weights of the compressed model are not those that were judged (it was trained or cast since then): "
+            "the description gets judged_weights=false beside the certificate. To save it without one, use "
+            "lrf_lightning.save_compressed(result.model, path)",
+            stacklevel=3,
+        )
+    return {
+        **describe_model(solution.model),
+        **plain,
+        "judged_weights": judged,
+        "layers": [_layer(layer) for layer in solution.layers],
+    }
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What is known about a compressed model itself, with ``certificate`` None: nothing was measured of it.
+
+    Raises:
+        CheckpointError: if a low-rank layer could not be loaded again.
+    """
     with random_state.preserved():  # dense layers draw weights when they are made
-        factorized = _factorized(solution.model)
+        return _description(_factorized(model))
+
+
+def describe_state(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The same of weights alone; ``factorized`` is empty, since they do not tell the kinds of the layers.
+
+    Args:
+        ranks: rank of every low-rank layer by name.
+    """
+    return _description({}) | {"ranks": dict(ranks)}
+
+
+def _description(factorized: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    from lrf_lightning import __version__
+
     return {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "ranks": {name: layer["rank"] for name, layer in factorized.items()},
         "factorized": factorized,
-        **plain,
-        "layers": [_layer(layer) for layer in solution.layers],
+        "certificate": None,
+        "judged_weights": False,
+        "message": "These weights have not been judged.",
     }
 
 
@@ -117,6 +169,13 @@ def _factorized(model: nn.Module) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankModule):
+            computed = [key for key in ("left_factor", "right_factor", "bias") if key not in module._parameters]
+            if computed:
+                raise CheckpointError(
+                    f"{computed[0]} of the layer {name!r} is computed (pruning, a norm or another parametrization) and "
+                    "would not load again; make it plain with torch.nn.utils.prune.remove, remove_weight_norm, "
+                    "remove_spectral_norm or parametrize.remove_parametrizations"
+                )
             dense = module.to_dense()
             shape = [int(size) for size in dense.get_parameter("weight").shape]
             found[name] = {"kind": type(dense).__name__, "shape": shape, "rank": int(module.rank)}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lrf_lightning import safe_files
 from lrf_lightning.safe_files import AnyPath
-from lrf_lightning.saving.compression_record import CheckpointError, check_record, describe, to_json
+from lrf_lightning.saving.compression_record import CheckpointError, check_record, describe, describe_state, to_json
 from lrf_lightning.saving.optimizer_state import OPTIMIZERS_KEY, collect_optimizer_states
 from lrf_lightning.saving.plain_data import plain
 from lrf_lightning.saving.structure_hook import ranks_in
@@ -85,16 +85,23 @@ def is_lightning_checkpoint(content: bytes) -> bool:
 def parse_checkpoint(content: bytes, source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state dict and the record of a checkpoint's content.
 
+    A checkpoint that a training of a compressed model wrote has no description of it; its record says the ranks only.
+
     Raises:
         CheckpointError: if the content is truncated, holds code, is no compressed checkpoint, is of a future version,
             or its weights have another hash.
     """
     checkpoint = _load(content, source)
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(checkpoint, dict) or RECORD_KEY not in checkpoint:
+        ranks = ranks_in(state) if isinstance(state, dict) else {}
+        if state and ranks:
+            return state, describe_state(ranks)
         raise CheckpointError(
-            f"{source} holds no compressed model: it has no entry {RECORD_KEY!r}; load it with the dense model"
+            f"{source} holds no compressed model: it has no entry {RECORD_KEY!r} and no factors; load it with the "
+            "dense model"
         )
-    record, state = check_record(checkpoint[RECORD_KEY], source), checkpoint.get("state_dict")
+    record = check_record(checkpoint[RECORD_KEY], source)
     if not isinstance(state, dict):
         raise CheckpointError(f"{source} is damaged: it has no state_dict")
     _check_hash(state, record, source)

@@ -39,6 +39,7 @@ class Solution:
             to a few hundred, empty where losses are known per batch only.
         point_models: the models of all points of the frontier, with ``objective="frontier"``.
         score_name: what the score is called, empty if that is not known.
+        fingerprint: that of the model's weights when it was judged, empty if it cannot be told.
     """
 
     model: nn.Module
@@ -59,3 +60,4 @@ class Solution:
     speed: Speed | None = None
     point_models: PointModels | None = field(default=None, repr=False, compare=False)
     score_name: str = ""
+    fingerprint: str = field(default="", repr=False)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import errno
 import json
@@ -9,6 +10,7 @@ import resource
 import signal
 import struct
 import time
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -20,9 +22,11 @@ from compressed_models import RANKS, Net, compressed, net_solution, solution
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 import lrf_lightning
 from lrf_lightning import CheckpointError, load_compressed, read_metadata, restore_dense
+from lrf_lightning.fingerprint import weights_fingerprint
 from lrf_lightning.modules import LowRankLinear, LowRankModule
 from lrf_lightning.saving.checkpoint import save_compressed
 from lrf_lightning.saving.weights_file import HEADER_KEY, read_header
@@ -465,6 +469,83 @@ class TestMaliciousFiles:
         with pytest.raises(CheckpointError, match="is a TorchScript archive"):
             load_compressed(Net(), tmp_path / "script.ckpt")
         assert not (tmp_path / "exploded").exists()
+
+
+class TestModels:
+    """Models that are saved without a result: loaded, trained, saved again."""
+
+    def test_that_were_trained_since_they_were_loaded(self, saved, tmp_path):
+        model = load_compressed(Net(), saved[1])
+        with torch.no_grad():
+            model.body.left_factor.mul_(2)
+        path = save_compressed(model, tmp_path / "again")
+        assert torch.equal(load_compressed(Net(), path).eval()(images()), model.eval()(images()))
+        before, record = read_metadata(saved[1]), read_metadata(path)
+        assert [record[key] for key in ("ranks", "factorized")] == [before[key] for key in ("ranks", "factorized")]
+        assert (record["certificate"], record["judged_weights"]) == (None, False)
+        assert json.loads((path / "compression.json").read_text()) == record
+
+    def test_others_are_refused_before_a_file_is_written(self, tmp_path):
+        for source, what in (
+            (Net(), "is a Net without low-rank layers"),
+            (LowRankLinear(4, 4, 2), "is a LowRankLinear itself.*wrap it in a module"),
+            (Net, "is a type"),
+            (net_solution().model.state_dict(), "is a OrderedDict"),
+            (torch.compile(net_solution().model), r"is the result of torch\.compile.*model\._orig_mod"),
+        ):
+            with pytest.raises(TypeError, match=what) as caught:
+                save_compressed(source, tmp_path / "model")
+            assert "allowed are the result of compress and a model with low-rank layers" in str(caught.value)
+        assert not (tmp_path / "model").exists()
+
+    @pytest.mark.parametrize("name", ["left_factor", "bias"])
+    def test_factors_that_are_computed_are_refused(self, tmp_path, name):
+        model = net_solution().model
+        prune.l1_unstructured(model.body, name, 0.5)
+        with pytest.raises(CheckpointError, match=rf"{name} of the layer 'body' is computed .*prune\.remove"):
+            save_compressed(model, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+        prune.remove(model.body, name)
+        loaded = load_compressed(Net().eval(), save_compressed(model, tmp_path / "model"))
+        assert torch.equal(loaded(images()), model(images()))
+
+    def test_the_result_of_torch_compile_is_no_skeleton(self, saved):
+        with pytest.raises(TypeError, match=r"give what was compiled, model\._orig_mod"):
+            load_compressed(torch.compile(Net()), saved[1])
+
+
+class TestJudgedWeights:
+    """Whether the certificate in a file is about the weights beside it."""
+
+    @pytest.fixture
+    def judged(self):
+        result = net_solution()
+        return dataclasses.replace(result, fingerprint=weights_fingerprint(result.model))
+
+    def test_are_those_that_were_judged(self, judged, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            judged.model.load_state_dict(copy.deepcopy(judged.model.state_dict()))
+            judged.model.train().requires_grad_(False)
+            assert read_metadata(judged.save(tmp_path))["judged_weights"] is True
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda model: model.bfloat16(),
+            lambda model: model.norm.running_mean.add_(1),
+            lambda model: model.head.bias.data.add_(1),
+        ],
+    )
+    def test_have_changed(self, judged, change, tmp_path):
+        change(judged.model)
+        with pytest.warns(UserWarning, match="are not those that were judged"):
+            record = read_metadata(judged.save(tmp_path))
+        assert record["judged_weights"] is False
+        assert record["certificate"]["verdict"] == "inconclusive"
+
+    def test_are_unknown(self, saved):
+        assert read_metadata(saved[1])["judged_weights"] is None
 
 
 def _save_for_ever(path, ready):

@@ -242,6 +242,11 @@ class TestResume:
             assert torch.equal(started["weights"][name], parameter), name
         assert {id(p) for p in module.parameters()} == started["held"]
         assert low_rank_names(module) == set(result.ranks)
+        runner.save_checkpoint("trained.ckpt")
+        loaded = load_compressed(Classifier(), "trained.ckpt")
+        assert torch.equal(loaded.net(points()), module.net(points()))
+        record = read_metadata("trained.ckpt")
+        assert (record["ranks"], record["certificate"], record["judged_weights"]) == (result.ranks, None, False)
         # every parameter was trained, the factors among them
         assert all(not torch.equal(started["weights"][n], p) for n, p in module.named_parameters())
 
