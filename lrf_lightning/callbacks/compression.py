@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lrf_lightning import safe_files
 from lrf_lightning.api import compress
-from lrf_lightning.callbacks import checks
+from lrf_lightning.callbacks import checks, fine_tuning
 from lrf_lightning.callbacks.attempts import Attempts
 from lrf_lightning.callbacks.best_weights import load_best_weights
 from lrf_lightning.callbacks.isolation import detached_copy, undisturbed
@@ -292,9 +292,15 @@ class LowRankCompression(Callback):
             drop_replaced_parameters(trainer, pl_module, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the optimizers what a compressed checkpoint kept of their state."""
+        """Give the optimizers what a compressed checkpoint kept of their state, and see that they train the factors.
+
+        Raises:
+            MisconfigurationException: if another callback averages weights of the module without its low-rank layers.
+        """
         from lrf_lightning.saving.optimizer_state import restore_optimizer_states
 
+        fine_tuning.check_averages(trainer, pl_module)
+        fine_tuning.check_optimizers(trainer, pl_module)
         restore_optimizer_states(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
