@@ -54,6 +54,7 @@ class LowRankConvNd(LowRankModule):
     """
 
     dense_type: ClassVar[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]]
+    transposed = False  # as in the dense layer
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class LowRankConvNd(LowRankModule):
         )
         self.in_channels, self.out_channels, self.kernel_size, self.rank = in_channels, out_channels, kernel_size, rank
         self.stride, self.padding, self.dilation = geometry.stride, geometry.padding, geometry.dilation
+        self.output_padding = geometry.output_padding
         self.groups, self.padding_mode, self.split = groups, padding_mode, None if split == dims else split
         self._borders: list[int] = list(geometry._reversed_padding_repeated_twice)
         right, left = (*first, *(1,) * (dims - len(first))), (*(1,) * (dims - len(last)), *last)

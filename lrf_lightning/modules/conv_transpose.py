@@ -49,6 +49,7 @@ class LowRankConvTransposeNd(LowRankModule):
     """
 
     dense_type: ClassVar[type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]]
+    transposed, padding_mode = True, "zeros"  # as in the dense layer, which knows no other mode
 
     def __init__(
         self,

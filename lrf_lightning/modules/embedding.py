@@ -30,6 +30,9 @@ class LowRankEmbedding(LowRankModule):
         dtype: dtype of the parameters.
     """
 
+    # as in the dense layer; with other values it is not replaced, see objection
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False
+
     def __init__(
         self,
         num_embeddings: int,

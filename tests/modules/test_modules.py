@@ -124,6 +124,14 @@ class Conformance:
         other.load_state_dict(low.state_dict())
         assert torch.equal(other(x), low(x))
 
+    def test_constants_of_the_dense_layer(self, case):
+        """What code that walks through a model reads, such as counters of operations."""
+        dense = case.dense()
+        low = self.factorized(dense, *self.decomposed(dense))
+        for name in getattr(dense, "__constants__", ()):
+            assert getattr(low, name) == getattr(dense, name), name
+        assert getattr(low, "transposed", None) == getattr(dense, "transposed", None)
+
     def test_deepcopy_and_pickle(self, case):
         low, x = self.truncated(case.dense(), 1), case.inputs()
         for twin in (copy.deepcopy(low), pickle.loads(pickle.dumps(low))):
