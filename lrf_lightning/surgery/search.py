@@ -142,7 +142,7 @@ def find_layers(
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 f"{f'the module {name!r}' if name else 'the model'} is scripted by torch.jit, which does not let its "
-                "layers be observed; give the Python modules, and script what comes back"
+                "layers be observed; give the Python modules, and trace what comes back, or script restore_dense(model)"
             )
     owners = weight_owners(model)
     sites = list(_sites(model, owners))
