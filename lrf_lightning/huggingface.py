@@ -63,9 +63,9 @@ def _config(model: Any) -> Any:
     """The configuration with what the model's own ``save_pretrained`` would enter: its class and dtype."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    # versions before 4.56 call it torch_dtype
-    name = "dtype" if hasattr(config, "dtype") else "torch_dtype"
-    setattr(config, name, str(model.dtype).removeprefix("torch."))
+    if hasattr(model, "dtype"):  # not a user's own module around a configuration
+        name = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before version 4.56
+        setattr(config, name, str(model.dtype).removeprefix("torch."))
     return config
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import prune
 
-from lrf_lightning import compress, load_compressed, restore_dense
+from lrf_lightning import compress, load_compressed, restore_dense, save_compressed
 from lrf_lightning.copies.model_copy import copied_model
 from lrf_lightning.modules import LowRankLinear
 from lrf_lightning.surgery import factorized, find_layers, prepare, replace_module
@@ -194,13 +194,19 @@ def test_scripted_submodules_are_refused():
         compress(model, loss, *data(20, 12), **QUICK)
 
 
-def test_compiled_submodules_run_as_they_are_and_a_compiled_model_is_refused():
+def test_compiled_submodules_run_as_they_are_and_a_compiled_model_is_refused(tmp_path):
     inner = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
     model = nn.Sequential(torch.compile(inner, backend="eager"), nn.Linear(12, 12))
     result = compress(model, loss, *data(20, 12), **QUICK)
     assert set(result.ranks) == {"0._orig_mod.0", "1"}
-    with pytest.raises(TypeError, match=r"result of torch.compile; give what was compiled, model._orig_mod"):
-        compress(torch.compile(inner, backend="eager"), loss, *data(20, 12), **QUICK)
+    compiled, folder = torch.compile(inner, backend="eager"), result.save(tmp_path / "model")
+    for call in (
+        lambda: compress(compiled, loss, *data(20, 12), **QUICK),
+        lambda: load_compressed(compiled, folder),
+        lambda: save_compressed(compiled, tmp_path / "other"),
+    ):
+        with pytest.raises(TypeError, match=r"result of torch.compile.*give what was compiled, model._orig_mod"):
+            call()
 
 
 class TestComputedFactors:
