@@ -3,7 +3,7 @@
 In evaluation mode and without gradients torch packs a batch with a padding mask into a nested tensor and pads the
 result with zeros. A model that reads those positions, in a mean over all of them for instance, depends on it. Split
 attention takes no nested tensors, so its encoder computes padded positions like others, and they are set to zero
-afterwards.
+afterwards, compiled and exported too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ __all__ = ["imitate_nested_tensors", "use_nested_tensors"]
 
 
 class _ZeroPadding:
-    """Forward hook of an encoder's last layer, before the norm; it asks what ``nn.TransformerEncoder.forward`` asks."""
+    """Forward hook of an encoder's last layer, before the norm.
+
+    It asks what ``nn.TransformerEncoder.forward`` asks, but not whether fused paths are allowed and whether it is
+    compiled: the results of a model shall not depend on that.
+    """
 
     def __init__(self, mask_check: bool) -> None:
         self.mask_check = mask_check
@@ -26,10 +30,8 @@ class _ZeroPadding:
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
         mask = kwargs.get("src_key_padding_mask")
         plain = mask is not None and kwargs.get("src_mask") is None and output.dim() == 3
-        if not plain or layer.training or not torch.backends.mha.get_fastpath_enabled():
-            return output
-        traced = self.mask_check and torch.compiler.is_compiling()
-        if traced or torch.is_autocast_enabled() or (torch.is_grad_enabled() and output.requires_grad):
+        differentiable = torch.is_grad_enabled() and output.requires_grad
+        if not plain or layer.training or torch.is_autocast_enabled() or differentiable:
             return output
         padded = mask if mask.dtype == torch.bool else mask != 0
         if self.mask_check:

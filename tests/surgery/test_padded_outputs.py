@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lrf_lightning import compress, load_compressed, restore_dense
+from lrf_lightning import compress, export_program, load_compressed, restore_dense
 from lrf_lightning.surgery import prepare, settle
 
 LENGTH, WIDTH = 5, 8
@@ -95,3 +95,21 @@ def test_figures_are_those_of_the_models_in_use(tmp_path):
         assert result.certificate.compressed.loss == pytest.approx(compressed, rel=1e-5) == pytest.approx(loaded)
         x = splits[0][0][0]
         torch.testing.assert_close(restore_dense(result.model)(x), result.model(x), rtol=1e-4, atol=1e-5)
+
+
+class Masked(Mean):
+    def forward(self, x, mask):
+        return self.head(self.encoder[0](x, src_key_padding_mask=mask).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_exported_programs_give_the_same(tmp_path):
+    model, x = Masked().eval(), torch.randn(4, LENGTH, WIDTH)
+    prepare(model)
+    export_program(model, (x[:3], ALIGNED), tmp_path / "model.pt2", compare_size=False)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for mask in (padding(5, 3, 1, 2), padding(5, 3, 1, 2).flip(1)):
+        with torch.no_grad():
+            torch.testing.assert_close(program(x, mask), model(x, mask))
+    with torch.no_grad():
+        assert not torch.allclose(model(x, mask), model(x, mask.flip(1)))
