@@ -1,4 +1,4 @@
-"""Lossless low-rank compression of trained models, as a PyTorch Lightning callback.
+"""Low-rank compression of trained models, and the proof that they are not worse, as a PyTorch Lightning callback.
 
 Names are imported on first use, so that importing the package stays light.
 """

@@ -51,8 +51,10 @@ def speed_notes(result: Solution) -> list[str]:
     notes = [f"A ratio of latencies above 1 is faster; medians of paired runs. Measured on {speed.device}."]
     slow = [timing for timing in speed.timings if not timing.is_faster]
     if slow:
-        where = ", ".join(_where(timing, speed) for timing in slow)
-        notes.append(f"Not measurably faster {where}: {'; '.join(_reasons(result, speed, slow))}.")
+        slower = [timing for timing in slow if timing.is_slower]
+        parts = (("slower", slower), ("not measurably faster", [timing for timing in slow if timing not in slower]))
+        where = ", ".join(f"{how} {', '.join(_where(t, speed) for t in found)}" for how, found in parts if found)
+        notes.append(f"{where[0].upper()}{where[1:]}: {'; '.join(_reasons(result, speed, slow))}.")
     return notes + [f"Speed: {problem}." for problem in speed.problems]
 
 

@@ -1,6 +1,9 @@
-"""The joint solver: calibration, allocation, compensation, frontier, choice, verdict.
+"""The joint solver, stage by stage; the modules of this package say more of each.
 
-See the modules of this package for the mathematics of each stage; this one only puts them in order.
+1. The model is copied, prepared and evaluated on the selection split (``running``).
+2. Calibration: statistics, components, curves and their range (``layers``, ``factors``, ``predictions``).
+3. Measured models for the objective: ranks, compensated factors, choice (``ranks``, ``factors``, ``points``).
+4. The verdict on the verification split (``verdict``), and the speed of what was chosen (``speed``).
 """
 
 from __future__ import annotations

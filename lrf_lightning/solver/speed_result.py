@@ -44,6 +44,11 @@ class Timing:
         """Whether the compressed model is faster beyond the noise."""
         return self.lower > 1
 
+    @property
+    def is_slower(self) -> bool:
+        """Whether the compressed model is slower beyond the noise."""
+        return self.upper < 1
+
 
 @dataclass(frozen=True)
 class SlowerLayer:

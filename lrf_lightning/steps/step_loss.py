@@ -35,6 +35,7 @@ from lrf_lightning.distributed import Processes
 from lrf_lightning.random_state import preserved
 from lrf_lightning.solver.running.batch_contents import batch_size, own_copy, tensors
 from lrf_lightning.solver.running.evaluation import StepOutput, evaluation_mode
+from lrf_lightning.solver.running.state import restored_state
 from lrf_lightning.steps.loss_calls import LossCall
 from lrf_lightning.steps.loss_explanation import explanation
 from lrf_lightning.steps.loss_source import LossSource, can_be_run, combination_in, find_source, required_loss
@@ -112,7 +113,8 @@ class StepLoss:
                 return output if self.score is None else _with_score(output, self._extra_score(module, batch, None))
             kept = batch if self.score is None else own_copy(batch)  # a step may change its batch
             if self._source is None:
-                with preserved():  # the first model shall not see other noise than those that come later
+                # the first model shall see no other noise and no other state than those that come later
+                with preserved(), restored_state(module):
                     self._source = find_source(module, batch)
                 logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
             size, given = batch_size(batch), list(tensors(batch))  # first, since a step may take its batch to pieces

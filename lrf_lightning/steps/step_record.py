@@ -3,8 +3,8 @@
 While the step runs, ``log`` and ``log_dict`` of the module and its children are shadowed, so that nothing reaches the
 trainer; metrics are reset before it and do not ask other processes, and optimizers and schedulers that it asks for do
 not step. Whatever the step writes to attributes of the module (lists of outputs, states of metrics) is undone, because
-such outputs would hold the graph of every batch and could not be copied with the module. Buffers that are changed in
-place are restored by the solver, after every evaluation.
+such outputs would hold the graph of every batch and could not be copied with the module. What is changed in place
+(buffers, frozen parameters, tensors in attributes, generators) is restored by the solver, after every evaluation.
 """
 
 from __future__ import annotations

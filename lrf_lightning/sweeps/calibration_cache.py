@@ -150,11 +150,18 @@ def _key(work: Workspace, candidates: list[Candidate], dense: Outcome) -> str:
 @cache
 def _code() -> str:
     """A digest of this package's source, which decides what a calibration holds."""
+    return fingerprint(*(path.read_bytes() for path in _code_files()))
+
+
+def _code_files() -> list[Path]:
     folder = Path(__file__).parents[1]
     parts = ("copies", "modules", "solver", "steps", "surgery")
-    files = [path for name in parts for path in sorted((folder / name).glob("*.py"))]
-    files += [folder / "distributed.py", folder / "random_state.py", Path(__file__)]
-    return fingerprint(*(path.read_bytes() for path in files))
+    files = [path for name in parts for path in sorted((folder / name).rglob("*.py"))]
+    return [
+        *files,
+        *(folder / f"{name}.py" for name in ("distributed", "matmul_precision", "random_state")),
+        Path(__file__),
+    ]
 
 
 def _packed(work: Workspace) -> bytes:

@@ -155,6 +155,28 @@ def test_rows_that_fit_no_sample_for_sure_are_compared_by_batch():
     assert len(evaluate(Noisy(), StepLoss(), batches, CPU).losses) == len(batches)
 
 
+class Counting(Net):
+    """Keeps state that it changes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.noise = torch.Generator().manual_seed(0)
+
+    def validation_step(self, batch):
+        self.count.add_(1)
+        return self.count * functional.cross_entropy(self.net(batch[0]), batch[1]) + torch.rand(
+            (), generator=self.noise
+        )
+
+
+def test_looking_for_the_loss_leaves_no_state_behind():
+    module, loss = Counting(), StepLoss()
+    batches = [(torch.randn(SIZE, 4), torch.randint(CLASSES, (SIZE,))) for _ in range(3)]
+    first, second = (evaluate(module, loss, batches, CPU).losses for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 def test_the_first_batch_shows_the_layout_for_all():
     loss, module = StepLoss(), Targets()
     batches = [(torch.randn(size, 4), torch.randint(CLASSES, (size,))) for size in (SIZE, STEPS, 1)]

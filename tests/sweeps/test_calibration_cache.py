@@ -1,7 +1,9 @@
 """A calibration from the cache gives the very same result, and is never taken for another model, data or setting."""
 
 import multiprocessing
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +44,13 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(calibration_cache, "calibrate", counted)
     return made
+
+
+def test_a_change_of_any_module_of_the_solver_is_seen():
+    known = {str(path) for path in calibration_cache._code_files()}
+    solver = [module for name, module in sys.modules.items() if name.startswith("lrf_lightning.solver")]
+    assert {module.__file__ for module in solver} <= known
+    assert any(Path(name).parent.name == "predictions" for name in known)
 
 
 class ConvNet(nn.Module):

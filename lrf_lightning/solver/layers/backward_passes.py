@@ -17,7 +17,7 @@ from lrf_lightning.solver.running.evaluation import Batches, LossFunction, StepO
 from lrf_lightning.solver.running.hooks import HeldGradients, frozen_parameters, observe_gradients
 from lrf_lightning.solver.running.own_attributes import Attributes, OwnAttributes
 
-__all__ = ["BackwardTarget", "Use", "backward_passes", "scattered_loss", "summed_loss"]
+__all__ = ["Use", "backward_passes", "scattered_loss", "summed_loss"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""What is predicted for one layer at every rank, and what was measured to correct it."""
+"""What is predicted for one layer at every rank, and what was measured to correct it: the records.
+
+:mod:`lrf_lightning.solver.predictions.calibration` fills them.
+"""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lrf_lightning.solver.factors.batch_norm import renormalized
 from lrf_lightning.solver.factors.compressed_copies import compressed_copies, copies_at_once
 from lrf_lightning.solver.model_size import parameter_count
+from lrf_lightning.solver.points.batch_norm import renormalized
 from lrf_lightning.solver.ranks.allocation import RanksKey, allocate, cheapest, ranks_key
 from lrf_lightning.solver.ranks.rank_options import rank_options
 from lrf_lightning.solver.result import FrontierPoint

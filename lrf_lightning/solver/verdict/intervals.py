@@ -40,7 +40,8 @@ __all__ = [
 ]
 
 # the unseen difference lies (1 + RESERVE / effective number of differences) times as far out as the largest one; of 0,
-# 5, 10 and 20 the only one that kept all populations of tests/solver/test_certificate.py near or below 5 % (200 pairs)
+# 5, 10 and 20 the only one that kept all populations of tests/solver/verdict/test_certificate.py near or below 5 %
+# (200 pairs)
 RESERVE = 20.0
 
 

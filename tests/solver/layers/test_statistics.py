@@ -1,4 +1,4 @@
-"""What the pass over the calibration data sees of models that run parts of themselves again while they go back."""
+"""What the pass over the calibration data sees of unusual models: checkpoints, short dtypes, function transforms."""
 
 import pytest
 import torch

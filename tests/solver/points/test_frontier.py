@@ -1,4 +1,4 @@
-"""Which measured models count as good as the original."""
+"""Which allocations are measured, which of them are taken, and which models count as good as the original."""
 
 from dataclasses import replace
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from layer_curves import LAYERS, as_matrices, mean_loss, per_sample, predictions, problem, sample_gradients, solved
+from literal_curves import LAYERS, as_matrices, mean_loss, per_sample, predictions, problem, sample_gradients, solved
 from torch import nn
 
 from lrf_lightning.solver.layers.layer_curve import Prediction, shrink

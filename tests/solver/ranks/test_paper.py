@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layer_curves import LAYERS, as_matrices, mean_loss, per_sample, predictions, problem
+from literal_curves import LAYERS, as_matrices, mean_loss, per_sample, predictions, problem
 
 from lrf_lightning import compress
 from lrf_lightning.solver.ranks.paper import candidate_ranks, greedy_rank

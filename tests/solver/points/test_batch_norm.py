@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from lrf_lightning import Settings, compress
 from lrf_lightning.distributed import current_processes
-from lrf_lightning.solver.factors.batch_norm import renormalized
 from lrf_lightning.solver.joint import calibrated
+from lrf_lightning.solver.points.batch_norm import renormalized
 from lrf_lightning.solver.points.frontier import Frontier
 
 CPU = torch.device("cpu")
