@@ -30,7 +30,7 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         for average in _averages(callback):
-            if not factors <= dict(average.named_parameters()).keys():
+            if isinstance(average, type(module)) and not factors <= dict(average.named_parameters()).keys():
                 raise MisconfigurationException(
                     f"{type(callback).__name__} has copied {type(module).__name__} before the checkpoint gave it "
                     "low-rank layers, so that the weights of the two do not fit. Fit a module that has them from the "

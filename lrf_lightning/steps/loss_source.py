@@ -50,19 +50,33 @@ class LossSource:
         step: name of the method.
         place: ``returned``, ``call`` or the name of a logged value.
         combined: whether it is a sum of watched calls, so that they have to be traced.
-        layouts: of the rows of every watched call; empty if they could not be found out.
+        layouts: function and layout of the rows of every watched call, empty if they could not be found out; None as
+            long as no batch had two samples.
     """
 
     step: str
     place: str
     combined: bool = False
-    layouts: tuple[Layout, ...] = ()
+    layouts: tuple[tuple[str, Layout], ...] | None = None
 
     def arranged(self, calls: Sequence[LossCall], size: int, batch: Iterable[Tensor]) -> list[LossCall]:
         """The calls of a step, with what is known about their rows; see :meth:`LossCall.arranged`."""
-        known: tuple[Layout, ...] = self.layouts if len(self.layouts) == len(calls) else ("unknown",) * len(calls)
         batch = list(batch)
-        return [call.arranged(size, batch, layout) for call, layout in zip(calls, known, strict=True)]
+        return [call.arranged(size, batch, self._layout(calls, place)) for place, call in enumerate(calls)]
+
+    def with_layouts(self, module: LightningModule, batch: Any, size: int) -> LossSource:
+        """The same with the layouts of a batch of this size, if they are not known yet and can be found."""
+        if self.layouts is not None or size < 2:
+            return self
+        return replace(self, layouts=_layouts(module, self.step, batch, size))
+
+    def _layout(self, calls: Sequence[LossCall], place: int) -> Layout:
+        """That of the call at the same place, or of all calls of the function where a step makes others at times."""
+        names, known = [call.function.__name__ for call in calls], self.layouts or ()
+        if names == [name for name, _ in known]:
+            return known[place][1]
+        of_function = {layout for name, layout in known if name == names[place]}
+        return of_function.pop() if len(of_function) == 1 else "unknown"
 
 
 def find_source(module: LightningModule, batch: Any) -> LossSource:
@@ -86,7 +100,7 @@ def find_source(module: LightningModule, batch: Any) -> LossSource:
             if loss is not None and loss.requires_grad:
                 if problems and is_overridden("validation_step", module):
                     rank_zero_warn(f"The loss is taken from {step} ({place}), since {'; '.join(problems)}")
-                source = LossSource(step, place, layouts=_layouts(module, step, batch, size))
+                source = LossSource(step, place).with_layouts(module, batch, size)
                 calls = source.arranged(record.calls, size, given)
                 with torch.enable_grad():
                     found = combination_in(record, calls, loss, size, check=True)
@@ -111,18 +125,23 @@ def _first_record(module: LightningModule, step: str, batch: Any) -> StepRecord:
             return run_step(module, step, own_copy(batch))
 
 
-def _layouts(module: LightningModule, step: str, batch: Any, size: int) -> tuple[Layout, ...]:
-    """How the rows of the losses that a step calls belong to samples."""
+def _layouts(module: LightningModule, step: str, batch: Any, size: int) -> tuple[tuple[str, Layout], ...]:
+    """How the rows of the losses that a step calls belong to samples, beside the names of the functions."""
     dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
     if torch.is_autocast_enabled(module.device.type):
         dtypes.add(torch.get_autocast_dtype(module.device.type))
 
+    names: list[str] = []
+
     def rows_of(batch: Any) -> list[Tensor | None]:
         with restored_state(module):
-            return [_rows(call) for call in run_step(module, step, own_copy(batch)).calls]
+            calls = run_step(module, step, own_copy(batch)).calls
+        names[:] = [call.function.__name__ for call in calls]
+        return [_rows(call) for call in calls]
 
     with torch.no_grad():
-        return row_layouts(rows_of, batch, size, max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0))
+        rounding = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+        return tuple(zip(names, row_layouts(rows_of, batch, size, rounding), strict=False))
 
 
 def _rows(call: LossCall) -> Tensor | None:

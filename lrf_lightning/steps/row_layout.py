@@ -2,8 +2,9 @@
 
 A loss of shape (k * batch, ...) may have the k rows of a sample together, as flattened tokens, or block by block, as
 the outputs of several time steps or two augmented views. Shapes do not tell, and targets only if they are the batch's
-own. So the step is run once more with some of the batch's samples in the places of the others: every row must then be
-that of the sample that has come there. Rows of no such layout depend on other samples too, as in contrastive losses.
+own. So the step is run once more with every other sample replaced by its neighbour: the rows of the samples that have
+stayed must not change. Rows of no such layout depend on other samples too, as in contrastive losses. Noise that belongs
+to a place in the batch is the same in all runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lrf_lightning.random_state import seeded
 from lrf_lightning.solver.running.batch_contents import picked
 
 __all__ = ["Layout", "block_count", "row_layouts"]
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 # samples: (batch * k, ...); blocks: (k * batch, ...); second: (k, batch, ...); mixed: they depend on other samples
 Layout = Literal["samples", "blocks", "second", "mixed", "unknown"]
 
+COARSEST = 2**-7  # relative rounding, of bfloat16: nothing could be told apart with more
+
 
 def row_layouts(
     rows_of: Callable[[Any], Sequence[Tensor | None]], batch: Any, size: int, rounding: float
@@ -32,25 +36,42 @@ def row_layouts(
 
     Args:
         rows_of: runs the step on a batch and returns the rows of all calls, None for those that are not known.
-        batch: a batch of the step.
+        batch: a batch of the step, of two samples at least.
         size: its samples.
         rounding: relative rounding of what the rows are computed in.
     """
-    if size < 2:
+    tried = [_layouts(rows_of, batch, size, first, min(rounding, COARSEST)) for first in (0, 1)]
+    found = [layouts for layouts in tried if layouts]
+    if len({len(layouts) for layouts in found}) != 1:
         return ()
-    # only half of the samples, so that those that are left meet others than before
-    index = [size - 1 - i % ((size + 1) // 2) for i in range(size)]
+    # a batch that is cut to its longest sample may have lost that one in one of the trials
+    return tuple(
+        next((layout for layout in each if layout != "unknown"), "unknown") for each in zip(*found, strict=True)
+    )
+
+
+def _layouts(
+    rows_of: Callable[[Any], Sequence[Tensor | None]], batch: Any, size: int, first: int, rounding: float
+) -> tuple[Layout, ...]:
+    """What is found where the samples ``first``, ``first`` + 2, ... stay."""
+    stay = [i for i in range(size) if i % 2 == first]
+    index = [i if i % 2 == first else (i + 1 if i + 1 < size else i - 1) for i in range(size)]
     try:
         changed, complete = picked(batch, index)
-        before, after = rows_of(batch), rows_of(changed)
-        found = [_layout(rows, others, index, rounding) for rows, others in zip(before, after, strict=True)]
-        # noise differs from run to run, and what is in the batch beside its samples belonged to the others
-        again = rows_of(batch) if "mixed" in found and complete else [None] * len(found)
+        before, after = _seeded(rows_of, batch), _seeded(rows_of, changed)
+        found = [_layout(rows, others, stay, size, rounding) for rows, others in zip(before, after, strict=True)]
+        # what differs from run to run shows nothing, nor does what in the batch belongs to the samples that are gone
+        again = _seeded(rows_of, batch) if "mixed" in found and complete else [None] * len(found)
         repeats = [_close(rows, others, rounding) for rows, others in zip(before, again, strict=True)]
     except Exception:  # the user's step may bear no other batch than those of its loader
         logger.debug("The step cannot be run with other samples", exc_info=True)
         return ()
     return tuple("unknown" if layout == "mixed" and not r else layout for layout, r in zip(found, repeats, strict=True))
+
+
+def _seeded(rows_of: Callable[[Any], Sequence[Tensor | None]], batch: Any) -> Sequence[Tensor | None]:
+    with seeded(0):
+        return rows_of(batch)
 
 
 def _arranged(rows: Tensor, layout: Layout, size: int) -> Tensor | None:
@@ -70,23 +91,30 @@ def block_count(shape: tuple[int, ...], layout: Layout, size: int) -> int | None
     return 1 if layout == "samples" else shape[0] // size
 
 
-def _layout(rows: Tensor | None, others: Tensor | None, index: Sequence[int], rounding: float) -> Layout:
-    if rows is None or others is None or rows.shape != others.shape or rows.dim() == 0:
+def _layout(rows: Tensor | None, others: Tensor | None, stay: Sequence[int], size: int, rounding: float) -> Layout:
+    alike = rows is not None and others is not None and rows.shape == others.shape and rows.dim() > 0
+    if not alike or rows is None or others is None or torch.equal(rows, others):
         return "unknown"
     layouts: tuple[Layout, ...] = ("samples", "blocks", "second")
-    if len(rows) == len(index):  # what is one block as well
+    if len(rows) == size:  # what is one block as well
         layouts = ("samples", "second")
-    views = {name: [_arranged(each, name, len(index)) for each in (rows, others)] for name in layouts}
-    possible = {name: (one[list(index)], two) for name, (one, two) in views.items() if one is not None}
-    fitting = [name for name, (one, two) in possible.items() if _close(one, two, rounding)]
+    views = {name: (_arranged(rows, name, size), _arranged(others, name, size)) for name in layouts}
+    possible = {name: (a[stay], b[stay]) for name, (a, b) in views.items() if a is not None and b is not None}
+    largest = _largest(rows)
+    fitting = [name for name, (a, b) in possible.items() if _close(a, b, rounding, largest)]
     if len(fitting) == 1:
         return fitting[0]
     return "unknown" if fitting or not possible else "mixed"
 
 
-def _close(rows: Tensor | None, others: Tensor | None, rounding: float) -> bool:
+def _close(rows: Tensor | None, others: Tensor | None, rounding: float, largest: float | None = None) -> bool:
+    """Whether values are equal but for roundings, relative to the largest one."""
     if rows is None or others is None or rows.shape != others.shape:
         return False
-    one, two = rows.double(), others.double()
-    largest = float(one[torch.isfinite(one)].abs().max()) if bool(torch.isfinite(one).any()) else 0.0
-    return torch.allclose(one, two, rtol=0, atol=max(1e-3, 4 * rounding) * largest, equal_nan=True)
+    allowed = max(1e-3, 4 * rounding) * (_largest(rows) if largest is None else largest)
+    return torch.allclose(rows.double(), others.double(), rtol=0, atol=allowed, equal_nan=True)
+
+
+def _largest(rows: Tensor) -> float:
+    finite = rows[torch.isfinite(rows)]
+    return float(finite.abs().max()) if finite.numel() else 0.0

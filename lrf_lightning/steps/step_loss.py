@@ -118,6 +118,7 @@ class StepLoss:
                     self._source = find_source(module, batch)
                 logger.info("The loss is taken from %s (%s).", self._source.step, self._source.place)
             size, given = batch_size(batch), list(tensors(batch))  # first, since a step may take its batch to pieces
+            self._source = self._source.with_layouts(module, batch, size)
             record = self._record(module, self._source.step, batch, traced=self._source.combined)
             self._compare_sizes(record, size)
             output = _output(record, self._source, size, given)

@@ -42,7 +42,7 @@ def settle_parameters(layer: nn.Module) -> None:
     They get the values that they would have in the next call in evaluation mode, and the hooks that computed them are
     gone.
     """
-    for hook in list(layer._forward_pre_hooks.values()):
+    for hook in reversed(list(layer._forward_pre_hooks.values())):  # one may compute what an earlier one reads
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(layer, hook._tensor_name)  # type: ignore[no-untyped-call]
         elif isinstance(hook, WeightNorm):

@@ -1,5 +1,7 @@
 """What a run with other samples shows of a loss's rows, and what it makes of a step's loss."""
 
+import random
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -37,7 +39,10 @@ def repeated(x):
         ("mixed", lambda x: (x @ x.T).logsumexp(1)),
         ("mixed", lambda x: (x @ x.T).flatten()),
         ("mixed", lambda x: x.sum(1) - x.mean()),
-        ("unknown", lambda x: x.sum(1) + torch.randn(SIZE)),
+        ("samples", lambda x: x.sum(1) + torch.randn(SIZE)),
+        ("samples", lambda x: x.sum(1) * torch.randn(SIZE, generator=torch.Generator().manual_seed(0))),
+        ("blocks", lambda x: repeated(x + torch.randn_like(x)).flatten(0, 1)),
+        ("unknown", lambda x: x.sum(1) + random.SystemRandom().random()),
         ("unknown", lambda x: torch.ones(2 * SIZE)),
         ("unknown", lambda x: x.sum()),
         ("unknown", lambda x: x.flatten()[1:]),
@@ -62,7 +67,6 @@ def test_a_step_that_cannot_be_tried_has_no_layouts():
         return batch
 
     assert layout_of(picky) == ()
-    assert row_layouts(lambda batch: [batch], torch.randn(1, 4), 1, 0.0) == ()
 
 
 def test_samples_are_picked_from_every_kind_of_batch():
@@ -128,12 +132,12 @@ class Pairs(Net):
 
 
 class Noisy(Steps):
-    """Its noise hides the layout, and its targets are none of the batch's."""
+    """Its noise is another one in every run, which hides the layout, and its targets are none of the batch's."""
 
     def validation_step(self, batch):
         x, y = batch
         return functional.cross_entropy(
-            self.outputs(x + torch.rand_like(x)).flatten(0, 1), (y + 1).repeat(STEPS) % CLASSES
+            self.outputs(x + random.SystemRandom().random()).flatten(0, 1), (y + 1).repeat(STEPS) % CLASSES
         )
 
 
@@ -177,8 +181,77 @@ def test_looking_for_the_loss_leaves_no_state_behind():
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_the_first_batch_shows_the_layout_for_all():
+@pytest.mark.parametrize("sizes", [(SIZE, STEPS, 1), (1, SIZE, STEPS)])
+def test_the_first_batch_of_two_shows_the_layout_for_all(sizes):
     loss, module = StepLoss(), Targets()
-    batches = [(torch.randn(size, 4), torch.randint(CLASSES, (size,))) for size in (SIZE, STEPS, 1)]
+    batches = [(torch.randn(size, 4), torch.randint(CLASSES, (size,))) for size in sizes]
     assert len(evaluate(module, loss, batches, CPU).losses) == SIZE + STEPS + 1
-    assert loss._source.layouts == ("second",)
+    assert loss._source.layouts == (("mse_loss", "second"),)
+
+
+class Trimmed(Net):
+    """Cuts a batch to its longest sample."""
+
+    def validation_step(self, batch):
+        x, y, lengths = batch
+        steps = int(lengths.max())
+        z = torch.stack([self.net(x * (1 + step)) for step in range(steps)], 1)
+        return functional.cross_entropy(z.flatten(0, 1), (y[:, None] + torch.arange(steps)).flatten() % CLASSES)
+
+
+class Twofold(Steps):
+    """Has a second loss for some batches, the first one among them."""
+
+    def validation_step(self, batch):
+        loss, (x, y) = super().validation_step(batch), batch
+        return loss + functional.mse_loss(self.net(x)[:, :4], x) if y[0] else loss
+
+
+@pytest.mark.parametrize("module", [Trimmed, Twofold])
+def test_batches_may_differ(module):
+    batches = [(torch.randn(SIZE, 4), torch.randint(CLASSES, (SIZE,))) for _ in range(4)]
+    for i, (_, y) in enumerate(batches):
+        y[0] = 1 - i % 2
+    if module is Trimmed:
+        batches = [(*batch, torch.tensor([1, 2, 2, 3, 1, 2]).roll(i)) for i, batch in enumerate(batches)]
+    assert len(evaluate(module(), StepLoss(), batches, CPU).losses) == 4 * SIZE
+
+
+class Weighted(Net):
+    """A sum whose weights are buffers and attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("alpha", torch.tensor(0.5))
+        self.beta = torch.tensor(2.0)
+        self.loss = nn.CrossEntropyLoss(weight=torch.rand(CLASSES) + 0.5)
+
+    def validation_step(self, batch):
+        z = self.net(batch[0])
+        return self.beta * self.loss(z, batch[1]) + self.alpha * functional.mse_loss(z[:, :4], batch[0])
+
+
+def test_weights_of_a_sum_may_be_state():
+    batches = [(torch.randn(SIZE, 4), torch.randint(CLASSES, (SIZE,))) for _ in range(2)]
+    assert len(evaluate(Weighted(), StepLoss(), batches, CPU).losses) == 2 * SIZE
+
+
+class Own:
+    """A batch of a class of the user's own."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.batch_size = x, y, len(x)
+
+
+class OfOwn(Steps):
+    def validation_step(self, batch):
+        return super().validation_step((batch.x, (batch.y + 1) % CLASSES))
+
+
+def test_batches_of_own_classes_are_opened():
+    batches = [Own(torch.randn(SIZE, 4), torch.randint(CLASSES, (SIZE,))) for _ in range(2)]
+    assert len(evaluate(OfOwn(), StepLoss(), batches, CPU).losses) == 2 * SIZE
+    found, complete = picked(batches[0], [1, 1, 2, 3, 4, 5])
+    assert complete
+    assert (found.x[0] == batches[0].x[1]).all()
+    assert found is not batches[0]

@@ -56,7 +56,8 @@ def copies_at_once(work: Workspace, layers: Mapping[str, LayerStatistics], *, al
         ),
         default=0.0,
     )
-    weights = float(sum(p.numel() * p.element_size() for p in work.model.parameters()))
+    # frozen ones once more, since they are kept to be restored
+    weights = float(sum(p.numel() * p.element_size() * (2 - p.requires_grad) for p in work.model.parameters()))
     # the first process has the most batches
     runs = MOST_RUNS_ON_CUDA if work.device.type == "cuda" else MOST_RUNS
     threads = runs / math.ceil(batches / (1 if alone else work.processes.size)) - 1

@@ -181,14 +181,26 @@ def picked(batch: Any, index: Sequence[int], *, whole: bool = True) -> tuple[Any
         if batch.layout is not torch.strided or len(batch) != len(index):
             return batch, False
         return batch.detach()[list(index)], True
+    if batch is None or isinstance(batch, (str, bytes, Number)):
+        return batch, True
     if not _is_container(batch):
-        return batch, batch is None or isinstance(batch, (str, bytes, Number))
+        return _picked_attributes(batch, index)
     members = list(_members(batch))
     listed = isinstance(batch, (list, tuple)) and not whole and len(members) == len(index)
     if listed and not any(isinstance(part, Tensor) and part.shape[:1] == (len(index),) for part in members):
         return _rebuilt(batch, [members[i] for i in index]), True
     parts = [picked(part, index, whole=False) for part in members]
     return _rebuilt(batch, [part for part, _ in parts]), all(complete for _, complete in parts)
+
+
+def _picked_attributes(batch: Any, index: Sequence[int]) -> tuple[Any, bool]:
+    attributes = getattr(batch, "__dict__", None)
+    if not isinstance(attributes, dict) or not attributes:
+        return batch, False
+    parts = {name: picked(value, index, whole=False) for name, value in attributes.items()}
+    changed = copy.copy(batch)
+    changed.__dict__.update({name: value for name, (value, _) in parts.items()})
+    return changed, all(complete for _, complete in parts.values())
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:

@@ -5,8 +5,8 @@ buffers and parameters for a while. A pass that is paused in between must find i
 pass that ran last. So whenever a pass stops, what it has changed is put aside and the original is put back.
 
 Only what can be seen by identity is covered: attributes, entries of lists, dictionaries, sets and deques in them or in
-what a forward hook refers to, and tensors that are attributes of a user's own objects there. Values that are changed in
-place, and other attributes of objects, stay common to all passes.
+what a forward hook refers to, and attributes of a user's own objects there that hold tensors. Values that are changed
+in place, and other objects, stay common to all passes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,20 @@ from torch.nn.modules.lazy import LazyModuleMixin
 __all__ = ["Attributes", "OwnAttributes"]
 
 T = TypeVar("T")
-MISSING = object()
+
+
+class _Missing:
+    """No attribute of that name."""
+
+
+MISSING = _Missing()
+# values that say something of the tensors beside them
+PLAIN = (Tensor, int, float, complex, str, bytes, tuple, torch.dtype, torch.device, type(None), _Missing)
 
 DEPTH = 3
 # activations are few: longer ones are vocabularies or data, which would be looked through at every pause
 LONGEST = 1000
+MOST_ENTRIES = 100_000  # of all containers of a model, but for its buffers and parameters
 # what torch gives every module; handles find the hooks by themselves, and replaced modules are not watched
 STANDARD = frozenset(nn.Module().__dict__)
 COMMON = {name for name in STANDARD if "hook" in name} | {"_modules"}
@@ -47,16 +56,18 @@ class Attributes:
 
     def __init__(self, model: nn.Module) -> None:
         modules = [module for module in model.modules() if _is_watched(module)]
-        found: dict[int, tuple[Any, bool]] = {}
+        found = _Containers()
+        for module in modules:
+            found.add_whole(module.__dict__["_buffers"], module.__dict__["_parameters"])
         for module in modules:
             values = [value for name, value in module.__dict__.items() if name not in COMMON]
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             for value in chain(values, *(_referents(hook) for hook in hooks)):
-                found.update((id(container), (container, of_object)) for container, of_object in _containers(value))
+                found.add(value)
         self._modules = [_OriginalModule(module) for module in modules]
-        self._containers = [(_OriginalObject if of_object else _Original)(c) for c, of_object in found.values()]
+        self._containers = found.originals()
         # views that follow their dictionaries, so that a look at all entries of all containers takes a few calls
-        self._views = [view for container, _ in found.values() for view in _views(container)]
+        self._views = [view for original in self._containers for view in _views(original.container)]
         self._lengths, self._entries = list(map(len, self._views)), list(chain.from_iterable(self._views))
 
     def put_aside(self) -> list[tuple[_Original, Any]]:
@@ -118,7 +129,10 @@ class _Original:
 
 
 class _OriginalObject(_Original):
-    """The tensors among the attributes of an object; the others may be those of a file or a connection."""
+    """The attributes of an object, if it holds tensors: others may be files and connections.
+
+    Flags, numbers and sizes that may speak of the tensors belong to them.
+    """
 
     def is_there(self) -> bool:
         return not self._changed()
@@ -138,8 +152,10 @@ class _OriginalObject(_Original):
 
     def _changed(self) -> list[Any]:
         now, before = self.container, self.contents
-        names = [name for name in now.keys() | before.keys() if now.get(name, MISSING) is not before.get(name, MISSING)]
-        return [name for name in names if any(isinstance(_get(name), Tensor) for _get in (now.get, before.get))]
+        if not any(isinstance(value, Tensor) for value in chain(now.values(), before.values())):
+            return []
+        pairs = {name: (now.get(name, MISSING), before.get(name, MISSING)) for name in now.keys() | before.keys()}
+        return [name for name, (a, b) in pairs.items() if a is not b and isinstance(a, PLAIN) and isinstance(b, PLAIN)]
 
 
 class _OriginalModule(_Original):
@@ -154,7 +170,8 @@ class _OriginalModule(_Original):
         computed = {name.removesuffix(end) for name in module._parameters for end in SOURCES if name.endswith(end)}
         self._computed = computed & set(self.contents)
         watched = self.contents.keys() - STANDARD - self._computed
-        self._watched = itemgetter("training", "_buffers", *watched)
+        # a class may have a property of that name
+        self._watched = itemgetter(*({"training"} & self.contents.keys()), "_buffers", "_parameters", *watched)
         self._values = self._watched(self.contents)
 
     def own_values(self) -> list[Any]:
@@ -180,16 +197,36 @@ class _OriginalModule(_Original):
         super().put(contents | computed)
 
 
-def _containers(value: Any, depth: int = DEPTH) -> Iterator[tuple[Any, bool]]:
-    """Containers in a value, and whether they are the attributes of an object."""
-    of_object = _is_users(value)
-    container = vars(value) if of_object else value
-    if depth == 0 or not isinstance(container, (list, dict, set, deque)) or len(container) > LONGEST:
-        return
-    yield container, of_object
-    if not isinstance(container, set):
-        for item in list(container.values() if isinstance(container, dict) else container):
-            yield from _containers(item, depth - 1)
+class _Containers:
+    """Containers that are found in values, each once, and whether they are the attributes of an object."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Any, bool]] = {}
+        self._entries = 0
+
+    def add_whole(self, *containers: Any) -> None:
+        """Add containers of any length, whose entries are not opened."""
+        self._found.update((id(container), (container, False)) for container in containers)
+
+    def add(self, value: Any, depth: int = DEPTH) -> None:
+        """Add what there is in a value, down to a depth."""
+        if isinstance(value, (list, dict, set, deque)):
+            self._add(value, depth, of_object=False)
+        if _is_users(value):
+            self._add(vars(value), depth, of_object=True)
+
+    def originals(self) -> list[_Original]:
+        """All of them as they are now."""
+        return [(_OriginalObject if of_object else _Original)(each) for each, of_object in self._found.values()]
+
+    def _add(self, container: Any, depth: int, *, of_object: bool) -> None:
+        self._entries += len(container)
+        if depth == 0 or id(container) in self._found or len(container) > LONGEST or self._entries > MOST_ENTRIES:
+            return
+        self._found[id(container)] = container, of_object
+        if not isinstance(container, set):
+            for item in list(container.values() if isinstance(container, dict) else container):
+                self.add(item, depth - 1)
 
 
 def _is_users(value: Any) -> bool:

@@ -23,17 +23,20 @@ from lrf_lightning.solver.running.own_attributes import Attributes
 
 __all__ = ["restored_state"]
 
+LARGEST = 2**26  # bytes
+
 
 @contextmanager
 def restored_state(model: nn.Module) -> Iterator[None]:
     """Put buffers, frozen parameters and attributes of a model back afterwards: the objects and their values.
 
     Args:
-        model: any model; a copy of its buffers, its frozen parameters and of tensors in attributes is kept in memory on
-            their device.
+        model: any model; a copy of its buffers, its frozen parameters and of tensors in attributes of up to 64 MiB,
+            beyond which they are rather data, is kept in memory on their device.
     """
     attributes = Attributes(model)
-    kept = {id(tensor): tensor for tensor in attributes.found(Tensor)}
+    own = {id(tensor) for tensor in (*model.buffers(), *model.parameters())}
+    kept = {id(tensor): tensor for tensor in attributes.found(Tensor) if id(tensor) in own or _is_small(tensor)}
     values = [(tensor, tensor.detach().clone()) for tensor in kept.values() if _is_writable(tensor)]
     rewinds = [rewind for value in attributes.found(object) for rewind in _rewinds(value)]
     try:
@@ -45,15 +48,29 @@ def restored_state(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             # compared with nothing: what is written past autograd leaves no sign, and a comparison waits for the device
             for tensor, value in values:
-                if tensor.shape == value.shape:
-                    tensor.copy_(value)
-                else:
-                    tensor.data = value
+                _write(tensor, value)
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    freed = tensor.layout is torch.strided and tensor.untyped_storage().nbytes() < value.untyped_storage().nbytes()
+    if tensor.shape != value.shape or freed:
+        tensor.data = value
+        return
+    if tensor.is_inference():
+        tensor.copy_(value)
+        return
+    # a step whose graph is still needed may have read it, with this very value
+    with torch.autograd._unsafe_preserve_version_counter(tensor):
+        tensor.copy_(value)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return not tensor.is_nested and tensor.numel() * tensor.element_size() <= LARGEST
 
 
 def _is_writable(tensor: Tensor) -> bool:
     """Whether steps may write values to a tensor, and these can be restored."""
-    if is_lazy(tensor) or tensor.is_meta or tensor.requires_grad:
+    if is_lazy(tensor) or tensor.is_meta or tensor.requires_grad or tensor.is_nested:
         return False
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False
@@ -68,7 +85,7 @@ def _rewinds(value: Any) -> Iterator[Callable[[], object]]:
     if isinstance(value, torch.Generator):
         state = value.get_state()
         yield lambda: value.set_state(state)
-    elif isinstance(value, random.Random):
+    elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         words = value.getstate()
         yield lambda: value.setstate(words)
     elif type(value).__module__.startswith("numpy.random"):

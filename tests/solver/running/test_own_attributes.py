@@ -203,9 +203,47 @@ def test_activations_that_hooks_keep_belong_to_a_pass(keep):
             assert kept() is output
 
 
-def test_what_is_no_activation_stays_with_an_object():
+def test_an_object_without_tensors_is_left_alone():
     model = nn.Sequential(nn.Linear(2, 2))
     model.kept = Kept()
     with OwnAttributes(Attributes(model)):
-        model.kept(None, None, torch.ones(1))
-    assert (model.kept.stored, model.kept.calls) == (None, 1)
+        model.kept.calls += 1
+    assert model.kept.calls == 1
+
+
+def test_what_speaks_of_a_tensor_goes_with_it():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.kept = Kept()
+    one, two = (OwnAttributes(Attributes(model)) for _ in range(2))
+    for own in (one, two):
+        with own:
+            model.kept(None, None, torch.ones(1))
+            model.kept.later = lambda: None  # neither a tensor nor a plain value
+            assert model.kept.calls == 1
+        assert (model.kept.stored, model.kept.calls) == (None, 0)
+    with one:
+        assert (model.kept.stored.item(), model.kept.calls) == (1, 1)
+
+
+class Store(dict):
+    """A dictionary that may have attributes."""
+
+
+def test_subclasses_of_containers_are_containers():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.features = Store(skip=None)
+    with OwnAttributes(Attributes(model)):
+        model.features["skip"] = torch.ones(1)
+        model.features.size = torch.ones(1)
+    assert model.features["skip"] is None
+    assert not vars(model.features)
+
+
+def test_thousands_of_buffers_are_looked_through():
+    model = nn.Module()
+    for i in range(own_attributes.LONGEST + 1):
+        model.register_buffer(f"b{i}", torch.zeros(1))
+    first = model.b0
+    with OwnAttributes(Attributes(model)):
+        model.b0 = torch.ones(1)
+    assert model.b0 is first

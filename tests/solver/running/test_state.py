@@ -6,10 +6,12 @@ from contextlib import suppress
 import numpy
 import pytest
 import torch
+from small_modules import network
 from torch import nn
 from torch.testing import assert_close
 
 from lrf_lightning import compress
+from lrf_lightning.solver.running import state
 from lrf_lightning.solver.running.evaluation import evaluate
 from lrf_lightning.solver.running.state import restored_state
 
@@ -190,3 +192,62 @@ def test_it_does_not_matter_where_state_is_kept():
         found.append(result.certificate)
     assert found[0].verdict != "unchanged"
     assert found[1] == found[2] == found[0]
+
+
+class Pinned(nn.Linear):
+    """A class whose mode cannot be changed."""
+
+    training = property(lambda self: False, lambda self, value: None)
+
+
+def test_what_cannot_be_kept_is_left_alone():
+    model = nn.Sequential(nn.Linear(2, 2), Pinned(2, 2))
+    model.nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    model.source, model.freed = random.SystemRandom(), torch.ones(4)
+    model.data = torch.zeros(state.LARGEST // 4 + 1)
+    with restored_state(model):
+        model.freed.untyped_storage().resize_(0)
+        model.data += 1
+    assert model.freed.tolist() == [1] * 4
+    assert model.data[0] == 1, "what is large is data"
+
+
+def test_a_graph_over_what_is_restored_stays_whole():
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False))
+    model.register_buffer("scale", torch.ones(2))
+    x = torch.ones(1, 2, requires_grad=True)
+    loss = (model(x) * model.scale * x).sum()
+    with restored_state(model):
+        model(x)
+    loss.backward()
+    assert x.grad.isfinite().all()
+
+
+class Table:
+    """What is computed once and read again."""
+
+    def __init__(self):
+        self.ready, self.table = False, None
+
+    def of(self, count):
+        if not self.ready or len(self.table) < count:
+            self.table, self.ready = torch.ones(count, 1), True
+        return self.table[:count]
+
+
+def test_an_object_is_restored_as_a_whole():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.cache = network(), Table()
+
+        def forward(self, x):
+            return self.net(x * self.cache.of(len(x)))
+
+    sizes = ((8, 12), (12, 8), (8, 16))
+    splits = [[torch.randn(size, 12) for size in each] for each in sizes]
+    result = compress(
+        Reader(), lambda model, x: (model(x) - 1).square().mean(1), *splits, objective="budget", keep=0.5, speed="none"
+    )
+    assert result.ranks
+    assert not result.model.cache.ready
