@@ -28,10 +28,10 @@ class _ZeroPadding:
         self.mask_check = mask_check
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
-        mask = kwargs.get("src_key_padding_mask")
-        plain = mask is not None and kwargs.get("src_mask") is None and output.dim() == 3
+        mask: Tensor | None = kwargs.get("src_key_padding_mask")
+        plain = kwargs.get("src_mask") is None and output.dim() == 3
         differentiable = torch.is_grad_enabled() and output.requires_grad
-        if not plain or layer.training or torch.is_autocast_enabled() or differentiable:
+        if mask is None or not plain or layer.training or torch.is_autocast_enabled() or differentiable:
             return output
         padded = mask if mask.dtype == torch.bool else mask != 0
         if self.mask_check:

@@ -170,8 +170,8 @@ class _OriginalModule(_Original):
         computed = {name.removesuffix(end) for name in module._parameters for end in SOURCES if name.endswith(end)}
         self._computed = computed & set(self.contents)
         watched = self.contents.keys() - STANDARD - self._computed
-        # a class may have a property of that name
-        self._watched = itemgetter(*({"training"} & self.contents.keys()), "_buffers", "_parameters", *watched)
+        mode = {"training"} & self.contents.keys()  # a class may have a property of that name
+        self._watched = itemgetter("_buffers", "_parameters", *(watched | mode))
         self._values = self._watched(self.contents)
 
     def own_values(self) -> list[Any]:

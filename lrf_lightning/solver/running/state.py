@@ -60,7 +60,7 @@ def _write(tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(value)
         return
     # a step whose graph is still needed may have read it, with this very value
-    with torch.autograd._unsafe_preserve_version_counter(tensor):
+    with torch.autograd._unsafe_preserve_version_counter(tensor):  # type: ignore[attr-defined]
         tensor.copy_(value)
 
 
