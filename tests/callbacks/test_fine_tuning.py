@@ -70,3 +70,23 @@ def test_averages_of_a_dense_module_are_refused_with_the_remedy(checkpoint, aver
     module = load_compressed(Classifier(), checkpoint)
     assert fit(module, checkpoint, averaging).current_epoch >= 4
     assert module.net[0].rank == 3
+
+
+class AveragesAPart(callbacks.Callback):
+    """Averages something else than the module: a part of it, or a dense teacher."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def setup(self, trainer, pl_module, stage):
+        """Make the average, of what is dense as yet or has factors already."""
+        self.average = torch.optim.swa_utils.AveragedModel(self.make(pl_module))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda module: module.net, lambda module: torch.nn.Linear(2, 2)], ids=["part", "other"]
+)
+def test_averages_of_something_else_are_no_affair_of_ours(checkpoint, make):
+    module = load_compressed(Classifier(), checkpoint)
+    assert fit(module, checkpoint, AveragesAPart(make)).current_epoch >= 4
