@@ -80,7 +80,7 @@ class Attributes:
     def found(self, kind: type[T]) -> list[T]:
         """The attributes of modules, and the entries of containers in them, that are of a kind."""
         values = chain(*(module.own_values() for module in self._modules), self._entries)
-        return [value for value in values if isinstance(value, kind)]
+        return [value for value in values if issubclass(type(value), kind)]  # a dead proxy bears no isinstance
 
 
 class OwnAttributes:
@@ -152,10 +152,10 @@ class _OriginalObject(_Original):
 
     def _changed(self) -> list[Any]:
         now, before = self.container, self.contents
-        if not any(isinstance(value, Tensor) for value in chain(now.values(), before.values())):
+        if not any(issubclass(type(value), Tensor) for value in chain(now.values(), before.values())):
             return []
         pairs = {name: (now.get(name, MISSING), before.get(name, MISSING)) for name in now.keys() | before.keys()}
-        return [name for name, (a, b) in pairs.items() if a is not b and isinstance(a, PLAIN) and isinstance(b, PLAIN)]
+        return [name for name, pair in pairs.items() if pair[0] is not pair[1] and all(map(_is_plain, pair))]
 
 
 class _OriginalModule(_Original):
@@ -210,31 +210,37 @@ class _Containers:
 
     def add(self, value: Any, depth: int = DEPTH) -> None:
         """Add what there is in a value, down to a depth."""
-        if isinstance(value, (list, dict, set, deque)):
+        if issubclass(type(value), (list, dict, set, deque)):
             self._add(value, depth, of_object=False)
-        if _is_users(value):
-            self._add(vars(value), depth, of_object=True)
+        attributes = _attributes_of_users(value)
+        if attributes is not None:
+            self._add(attributes, depth, of_object=True)
 
     def originals(self) -> list[_Original]:
         """All of them as they are now."""
         return [(_OriginalObject if of_object else _Original)(each) for each, of_object in self._found.values()]
 
     def _add(self, container: Any, depth: int, *, of_object: bool) -> None:
-        self._entries += len(container)
         if depth == 0 or id(container) in self._found or len(container) > LONGEST or self._entries > MOST_ENTRIES:
             return
+        self._entries += len(container)
         self._found[id(container)] = container, of_object
         if not isinstance(container, set):
             for item in list(container.values() if isinstance(container, dict) else container):
                 self.add(item, depth - 1)
 
 
-def _is_users(value: Any) -> bool:
-    """Whether a value is an object of the user's own, with attributes."""
-    if isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)):
-        return False
-    library = type(value).__module__.partition(".")[0] in LIBRARIES
-    return not library and isinstance(getattr(value, "__dict__", None), dict)
+def _attributes_of_users(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object of the user's own, None for other values."""
+    kind = type(value)  # a proxy may claim another one, or none any more
+    libraries = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)
+    if issubclass(kind, libraries) or kind.__module__.partition(".")[0] in LIBRARIES:
+        return None
+    try:
+        attributes = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return attributes if isinstance(attributes, dict) else None
 
 
 def _referents(function: Any, depth: int = 2) -> Iterator[Any]:
@@ -258,11 +264,16 @@ def _referents(function: Any, depth: int = 2) -> Iterator[Any]:
             yield value
 
 
+def _is_plain(value: Any) -> bool:
+    return issubclass(type(value), PLAIN)
+
+
 def _is_filled(cell: CellType) -> bool:
     try:
-        return cell.cell_contents is not MISSING
-    except ValueError:
+        _ = cell.cell_contents
+    except ValueError:  # of a variable that has no value yet
         return False
+    return True
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ layers, which get their shapes in a first pass.
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +83,8 @@ def _is_writable(tensor: Tensor) -> bool:
 
 def _rewinds(value: Any) -> Iterator[Callable[[], object]]:
     """What gives a random generator its present state back; nothing for other values."""
+    if issubclass(type(value), weakref.ProxyTypes):
+        return
     if isinstance(value, torch.Generator):
         state = value.get_state()
         yield lambda: value.set_state(state)

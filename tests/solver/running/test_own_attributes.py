@@ -247,3 +247,23 @@ def test_thousands_of_buffers_are_looked_through():
     with OwnAttributes(Attributes(model)):
         model.b0 = torch.ones(1)
     assert model.b0 is first
+
+
+def test_what_many_modules_share_is_looked_through_once():
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(own_attributes.MOST_ENTRIES // own_attributes.LONGEST + 2)])
+    shared = dict.fromkeys(range(own_attributes.LONGEST))
+    for module in model:
+        module.shared = shared
+    model[-1].list = [1]
+    with OwnAttributes(Attributes(model)):
+        model[-1].list.append(2)
+    assert model[-1].list == [1]
+
+
+def test_references_that_are_dead_are_passed_over():
+    model, other = nn.Sequential(nn.Linear(1, 1)), Kept()
+    model.other = weakref.proxy(other)
+    del other
+    with OwnAttributes(Attributes(model)):
+        model.new = 1
+    assert not hasattr(model, "new")
