@@ -136,7 +136,8 @@ def _layouts(module: LightningModule, step: str, batch: Any, size: int) -> tuple
     def rows_of(batch: Any) -> list[Tensor | None]:
         with restored_state(module):
             calls = run_step(module, step, own_copy(batch)).calls
-        names[:] = [call.function.__name__ for call in calls]
+        if not names:  # the batch as it is comes first
+            names.extend(call.function.__name__ for call in calls)
         return [_rows(call) for call in calls]
 
     with torch.no_grad():

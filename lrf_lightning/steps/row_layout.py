@@ -40,38 +40,57 @@ def row_layouts(
         size: its samples.
         rounding: relative rounding of what the rows are computed in.
     """
-    tried = [_layouts(rows_of, batch, size, first, min(rounding, COARSEST)) for first in (0, 1)]
-    found = [layouts for layouts in tried if layouts]
-    if len({len(layouts) for layouts in found}) != 1:
+    rounding = min(rounding, COARSEST)
+    before, again = _tried(rows_of, batch), _tried(rows_of, batch)
+    trials = [_trial(rows_of, before, batch, size, first, rounding) for first in (0, 1)]
+    # what differs from run to run shows nothing
+    repeats = [_close(rows, others, rounding) for rows, others in zip(before, again, strict=False)]
+    found = [[trial[place] for trial in trials if trial] for place in range(len(before))]
+    if not any(trials):
         return ()
-    # a batch that is cut to its longest sample may have lost that one in one of the trials
-    return tuple(
-        next((layout for layout in each if layout != "unknown"), "unknown") for each in zip(*found, strict=True)
-    )
+    return tuple(_agreed(each) if r else "unknown" for each, r in zip(found, repeats, strict=False))
 
 
-def _layouts(
-    rows_of: Callable[[Any], Sequence[Tensor | None]], batch: Any, size: int, first: int, rounding: float
-) -> tuple[Layout, ...]:
-    """What is found where the samples ``first``, ``first`` + 2, ... stay."""
+def _trial(
+    rows_of: Callable[[Any], Sequence[Tensor | None]],
+    before: Sequence[Tensor | None],
+    batch: Any,
+    size: int,
+    first: int,
+    rounding: float,
+) -> list[Layout]:
+    """What is found where the samples ``first``, ``first`` + 2, ... stay; empty if the step cannot be run so."""
     stay = [i for i in range(size) if i % 2 == first]
     index = [i if i % 2 == first else (i + 1 if i + 1 < size else i - 1) for i in range(size)]
     try:
         changed, complete = picked(batch, index)
-        before, after = _seeded(rows_of, batch), _seeded(rows_of, changed)
-        found = [_layout(rows, others, stay, size, rounding) for rows, others in zip(before, after, strict=True)]
-        # what differs from run to run shows nothing, nor does what in the batch belongs to the samples that are gone
-        again = _seeded(rows_of, batch) if "mixed" in found and complete else [None] * len(found)
-        repeats = [_close(rows, others, rounding) for rows, others in zip(before, again, strict=True)]
+    except Exception:  # the user's types
+        logger.debug("The samples of a %s cannot be exchanged", type(batch).__name__, exc_info=True)
+        return []
+    after = _tried(rows_of, changed)
+    if len(after) != len(before):
+        return []
+    found = [_layout(rows, others, stay, size, rounding) for rows, others in zip(before, after, strict=True)]
+    # what in the batch belonged to the samples that are gone may be what makes a difference
+    return [layout if complete or layout != "mixed" else "unknown" for layout in found]
+
+
+def _agreed(layouts: Sequence[Layout]) -> Layout:
+    """What both trials say; one of them may have lost the longest sample, to which a batch was cut."""
+    known = set(layouts) - {"unknown"}
+    if "mixed" in known:
+        return "mixed"
+    return known.pop() if len(known) == 1 else "unknown"
+
+
+def _tried(rows_of: Callable[[Any], Sequence[Tensor | None]], batch: Any) -> Sequence[Tensor | None]:
+    """The rows for a batch, with the same noise in every run; empty if the step fails."""
+    try:
+        with seeded(0):
+            return rows_of(batch)
     except Exception:  # the user's step may bear no other batch than those of its loader
         logger.debug("The step cannot be run with other samples", exc_info=True)
         return ()
-    return tuple("unknown" if layout == "mixed" and not r else layout for layout, r in zip(found, repeats, strict=True))
-
-
-def _seeded(rows_of: Callable[[Any], Sequence[Tensor | None]], batch: Any) -> Sequence[Tensor | None]:
-    with seeded(0):
-        return rows_of(batch)
 
 
 def _arranged(rows: Tensor, layout: Layout, size: int) -> Tensor | None:

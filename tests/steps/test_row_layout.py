@@ -39,6 +39,7 @@ def repeated(x):
         ("mixed", lambda x: (x @ x.T).logsumexp(1)),
         ("mixed", lambda x: (x @ x.T).flatten()),
         ("mixed", lambda x: x.sum(1) - x.mean()),
+        ("mixed", lambda x: x.sum(1) + x[:1].sum() * (torch.arange(SIZE) % 2)),  # only half of them depend on another
         ("samples", lambda x: x.sum(1) + torch.randn(SIZE)),
         ("samples", lambda x: x.sum(1) * torch.randn(SIZE, generator=torch.Generator().manual_seed(0))),
         ("blocks", lambda x: repeated(x + torch.randn_like(x)).flatten(0, 1)),
